@@ -1,0 +1,1 @@
+"""Train, export and measure a tiny SD3 pipeline on captioned shapes."""

@@ -1,0 +1,134 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a family must offer so that a node can host its models.
+
+A *component* is one loadable network of a pipeline (``text_encoder``, ``transformer``, ``vae``,
+``controlnet``). Loading gives a `Model`; its one-shot uses (``encode``, ``decode``,
+``encode_image``) go through `Model.run`, and a denoiser additionally is a `Denoiser`, whose state
+lives in one `Denoising` per lease and never on the module, so that leases can interleave.
+
+All calls come from the node's one device thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+
+# What flows through a port inside a node. An image leaves as uint8 (height, width, 3).
+PortValue: TypeAlias = "torch.Tensor | np.ndarray | str | int | float | bool | bytes | list[PortValue]"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A declared LoRA as one request uses it; `path` is its local file or folder."""
+
+    name: str
+    path: Path
+    scale: float
+    weight_name: str = ""
+
+
+@dataclass(frozen=True)
+class LoadSpec:
+    """Where a component's files lie and how to load them."""
+
+    identity: str
+    family: str
+    component: str
+    path: Path  # the component's own folder: config.json and *.safetensors
+    pipeline_path: Path  # the pipeline's folder: tokenizers and the scheduler's config lie beside
+    dtype: str = "float32"  # float32, bfloat16, float16
+    variant: str = ""
+    class_name: str = ""
+    device: str = "cpu"
+    options: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """All that another node with an equal fingerprint needs to go on exactly."""
+
+    step: int
+    total_steps: int
+    tensors: Mapping[str, torch.Tensor]
+
+
+class Denoising(Protocol):
+    """One request's denoising, between two steps."""
+
+    @property
+    def step(self) -> int:
+        """Steps done so far."""
+        ...
+
+    @property
+    def total_steps(self) -> int: ...
+
+    def checkpoint(self) -> CheckpointState: ...
+
+    def preview(self) -> np.ndarray:
+        """A cheap picture of the present latents: uint8 (height, width, 3)."""
+        ...
+
+    def finish(self) -> Mapping[str, PortValue]:
+        """The outputs, when `step == total_steps`."""
+        ...
+
+
+class Model(Protocol):
+    spec: LoadSpec
+
+    @property
+    def stages(self) -> tuple[str, ...]: ...
+
+    @property
+    def facts(self) -> Mapping[str, str | int | float | bool]:
+        """What a gateway must know to check a request, such as ``patch_size``."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def run(
+        self, stage: str, inputs: Mapping[str, PortValue], loras: Sequence[Lora] = ()
+    ) -> Mapping[str, PortValue]:
+        """A one-shot stage. Raises InvalidInput naming the port at fault."""
+        ...
+
+    def unload(self) -> None: ...
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A `Model` that also denoises."""
+
+    def start(
+        self,
+        inputs: Mapping[str, PortValue],
+        loras: Sequence[Lora] = (),
+        resume: CheckpointState | None = None,
+        controlnets: Sequence[Model] = (),
+    ) -> Denoising: ...
+
+    def batch_key(self, denoising: Denoising) -> object:
+        """Denoisings with equal keys may share one forward in ``numerics: fast``."""
+        ...
+
+    def advance(self, batch: Sequence[Denoising]) -> None:
+        """One step of each. With one element the bits are those of the family's pipeline."""
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture family: its name in workflows and how its components load."""
+
+    name: str
+    components: tuple[str, ...]
+    load: Callable[[LoadSpec], Model]
