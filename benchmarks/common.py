@@ -62,7 +62,12 @@ def alternate(
 
 
 def at_most(
-    suite: str, name: str, ours: Sequence[float], peer: Sequence[float], unit: str, limit: float,
+    suite: str,
+    name: str,
+    ours: Sequence[float],
+    peer: Sequence[float],
+    unit: str,
+    limit: float,
     note: str = "",
 ) -> Row:
     """A row whose goal is median(ours) <= limit * median(peer)."""
@@ -71,7 +76,12 @@ def at_most(
 
 
 def at_least(
-    suite: str, name: str, ours: Sequence[float], peer: Sequence[float], unit: str, limit: float,
+    suite: str,
+    name: str,
+    ours: Sequence[float],
+    peer: Sequence[float],
+    unit: str,
+    limit: float,
     note: str = "",
 ) -> Row:
     """A row whose goal is median(ours) >= limit * median(peer)."""

@@ -1,0 +1,103 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""`make bench`: every suite, a table, CSV and a plot under benchmarks/results/.
+
+python -m benchmarks.run [--rounds N] [--suite NAME …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import math
+import subprocess
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import RESULTS, Row, machine, write_csv
+
+SUITES = {
+    "exact": "benchmarks.exact:run",
+    "tensors": "benchmarks.tensors:run",
+    "overhead": "benchmarks.overhead:run",
+    "latency": "benchmarks.side_by_side:run_latency",
+    "side-by-side": "benchmarks.side_by_side:run_side_by_side",
+}
+
+
+def table(rows: Sequence[Row]) -> Table:
+    out = Table(title=machine(), title_justify="left", show_lines=False)
+    for column in ("suite", "what", "ours", "peer", "unit", "ratio", "goal", ""):
+        out.add_column(column, justify="right" if column in ("ours", "peer", "ratio") else "left")
+    for row in rows:
+        mark = {True: "[green]reached", False: "[red]not reached", None: ""}[row.reached]
+        ratio = "" if math.isnan(row.ratio) else f"{row.ratio:.3f}"
+        out.add_row(
+            row.suite,
+            row.name + (f" ({row.note})" if row.note else ""),
+            f"{row.ours:.4g}",
+            f"{row.peer:.4g}",
+            row.unit,
+            ratio,
+            row.goal,
+            mark,
+        )
+    return out
+
+
+def plot(rows: Sequence[Row], title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [row for row in rows if not math.isnan(row.ratio)]
+    if not shown:
+        return
+    fig, ax = plt.subplots(figsize=(10, 0.42 * len(shown) + 1.2), constrained_layout=True)
+    colors = {True: "#2a7f4f", False: "#b8432f", None: "#888888"}
+    ax.barh(
+        [r.name for r in shown],
+        [r.ratio for r in shown],
+        color=[colors[r.reached] for r in shown],
+        height=0.6,
+    )
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.invert_yaxis()
+    ax.set_xlabel("ours / peer (latency: lower is better; rates: higher is better)")
+    ax.set_title(title, fontsize=9, loc="left")
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(RESULTS / "bench.png", dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=10, help="measured pairs of each comparison")
+    parser.add_argument("--suite", action="append", choices=[*SUITES], help="only these suites")
+    args = parser.parse_args()
+    console = Console()
+    rows: list[Row] = []
+    chosen = args.suite or [*SUITES]
+    for i, name in enumerate(chosen, 1):
+        console.print(f"[bold]({i}/{len(chosen)}) {name}[/]")
+        module, function = SUITES[name].split(":")
+        new = getattr(importlib.import_module(module), function)(args.rounds)
+        write_csv(new, RESULTS / f"{name}.csv")
+        console.print(table(new))
+        rows += new
+    if not args.suite:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        title = f"{datetime.date.today()}  {commit}  {machine()}"
+        (RESULTS / "machine.txt").write_text(title + "\n")
+        plot(rows, title)
+    missed = [row.name for row in rows if row.reached is False]
+    console.print(f"{len(rows)} comparisons, {len(missed)} goals not reached", *missed, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The whole service on tiny-sd3 beside its peers, in turn, with one thread a process.
+
+Latency: end to end through the service against diffusers called in this very process.
+Throughput and latency at 1, 4 and 16 clients: against a diffusers loop behind FastAPI, and
+against a Ray Serve application made of the same three stages.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.common import Row, alternate, at_least, at_most, timed
+from kubediffusion.client import Client
+
+ROOT = Path(__file__).parent.parent
+PIPELINE = ROOT / "models/tiny-sd3/pipeline"
+WORKFLOW = ROOT / "examples/tiny-sd3.yaml"
+PROMPT = "a red circle above a blue square"
+STEPS, GUIDANCE, LENGTH = 28, 4.0, 32
+CLIENTS = (1, 4, 16)
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+Generate = Callable[[int], bytes]
+
+
+def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        if process.poll() is not None:
+            raise RuntimeError(f"{process.args} ended with {process.returncode}")
+        if time.monotonic() > end:
+            raise TimeoutError(f"{process.args} was not ready after {seconds} s")
+        time.sleep(0.1)
+
+
+@contextmanager
+def _process(args: Sequence[str], ready: Callable[[], bool]) -> Iterator[None]:
+    process = subprocess.Popen(args, env=ENV, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        _wait(ready, process, 120)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def kubediffusion(numerics: str) -> Iterator[Generate]:
+    """Our service, started by its own CLI; called through the Python client."""
+    with ExitStack() as stack:
+        address = f"127.0.0.1:{_free_port()}"
+        client = stack.enter_context(Client(address))
+
+        def ready() -> bool:
+            try:
+                return any(w.ready for w in client.workflows())
+            except Exception:
+                return False
+
+        command = [sys.executable, "-m", "kubediffusion.cli", "up", "-f", str(WORKFLOW)]
+        stack.enter_context(_process([*command, "--grpc", address], ready))
+        yield (
+            lambda seed: (
+                client.image(
+                    "tiny-sd3",
+                    prompt=PROMPT,
+                    seed=seed,
+                    steps=STEPS,
+                    guidance=GUIDANCE,
+                    max_sequence_length=LENGTH,
+                    numerics=numerics,
+                ).png
+            )
+        )
+
+
+@contextmanager
+def fastapi_loop() -> Iterator[Generate]:
+    with ExitStack() as stack:
+        path = f"{stack.enter_context(tempfile.TemporaryDirectory())}/peer.sock"
+        command = [sys.executable, "-m", "benchmarks.peers.fastapi_loop", str(PIPELINE), path]
+        stack.enter_context(_process(command, lambda: os.path.exists(path)))
+        http = stack.enter_context(
+            httpx.Client(transport=httpx.HTTPTransport(uds=path), timeout=600)
+        )
+
+        def generate(seed: int) -> bytes:
+            body: dict[str, Any] = {"prompt": PROMPT, "seed": seed, "steps": STEPS}
+            answer = http.post("http://peer/generate", json=body)
+            return answer.raise_for_status().content
+
+        yield generate
+
+
+@contextmanager
+def ray_serve() -> Iterator[Generate]:
+    from benchmarks.peers import ray_app
+
+    os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
+    handle = ray_app.start(str(PIPELINE))
+    try:
+        yield lambda seed: handle.generate.remote(PROMPT, seed, STEPS, GUIDANCE, LENGTH).result()
+    finally:
+        ray_app.stop()
+
+
+@contextmanager
+def in_process() -> Iterator[Generate]:
+    """diffusers itself, in this process, on one thread."""
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+
+    torch.set_num_threads(1)
+    pipe = StableDiffusion3Pipeline.from_pretrained(PIPELINE)
+    pipe.set_progress_bar_config(disable=True)
+
+    def generate(seed: int) -> bytes:
+        image = pipe(
+            PROMPT,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            max_sequence_length=LENGTH,
+            generator=torch.Generator("cpu").manual_seed(seed),
+        ).images[0]
+        out = io.BytesIO()
+        image.save(out, "PNG")
+        return out.getvalue()
+
+    yield generate
+
+
+def load(generate: Generate, clients: int, each: int) -> Callable[[], float]:
+    """Images a second, with `clients` closed loops of `each` images."""
+
+    def run() -> float:
+        def client(i: int) -> None:
+            for j in range(each):
+                generate(1000 * i + j)
+
+        with ThreadPoolExecutor(clients) as pool:
+            seconds = timed(lambda: list(pool.map(client, range(clients))))
+        return clients * each / seconds
+
+    return run
+
+
+def run_latency(rounds: int) -> list[Row]:
+    with kubediffusion("exact") as ours, in_process() as peer:
+        same = ours(7) == peer(7)
+        a, b = alternate(lambda: timed(lambda: ours(7)), lambda: timed(lambda: peer(7)), rounds)
+    note = "bytes equal" if same else "BYTES DIFFER"
+    return [at_most("service", "latency vs diffusers in one process", a, b, "s", 1.03, note)]
+
+
+def run_side_by_side(rounds: int) -> list[Row]:
+    rows: list[Row] = []
+    suite = "side by side"
+    for peer_name, peer_of in (("FastAPI loop", fastapi_loop), ("Ray Serve", ray_serve)):
+        for numerics in ("exact", "fast"):
+            with kubediffusion(numerics) as ours, peer_of() as peer:
+                for clients in CLIENTS:
+                    name = f"{numerics}, {clients} clients vs {peer_name}"
+                    if clients == 1:
+                        times = alternate(
+                            lambda: timed(lambda: ours(7)), lambda: timed(lambda: peer(7)), rounds
+                        )
+                        limit = 1.03 if peer_name == "FastAPI loop" else 1.0
+                        rows.append(at_most(suite, f"latency, {name}", *times, "s", limit))
+                        continue
+                    each = max(1, 8 // clients)
+                    rates = alternate(load(ours, clients, each), load(peer, clients, each), rounds)
+                    limit = 0.97 if (peer_name, numerics) == ("FastAPI loop", "exact") else 1.0
+                    rows.append(at_least(suite, f"throughput, {name}", *rates, "images/s", limit))
+    return rows
