@@ -104,7 +104,7 @@ class Workflow:
 
 
 def start(path: str) -> Any:
-    """Start Ray and the application; the returned handle's `generate.remote(...)` gives PNG bytes."""
+    """Start Ray and the application; `handle.generate.remote(…)` gives PNG bytes."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     serve.start(logging_config={"log_level": "ERROR"})
     app = Workflow.bind(TextEncoder.bind(path), Denoiser.bind(path), Decoder.bind(path))
