@@ -1,0 +1,120 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What all custom resources are made of: the base class, bounded strings, rules between fields.
+
+Every string, list and map has a bound, so that the API server can price the CEL rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+API_VERSION = "kubediffusion.io/v1alpha1"
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+# RFC 1123: what Kubernetes takes as the name of an object.
+ObjectName = Annotated[
+    str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+]
+# ControlNets and LoRAs: a part of input names such as control.<name>.scale.
+PartName = Annotated[
+    str, Field(min_length=1, max_length=40, pattern=r"^[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?$")
+]
+# Roles, graph nodes, inputs, ports: words joined by dots.
+DottedName = Annotated[
+    str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$")
+]
+Uri = Annotated[
+    str, Field(min_length=8, max_length=1024, pattern=r"^(hf|builtin|file)://[^\s?#]+$")
+]
+# Inside a source: no way up, no absolute path.
+RelativePath = Annotated[
+    str, Field(max_length=256, pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*)?$")
+]
+Revision = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9._/-]*$")]
+Variant = Annotated[str, Field(max_length=32, pattern=r"^[A-Za-z0-9_-]*$")]
+Quantity = Annotated[
+    str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")
+]
+# Kubernetes objects carry no floats: a decimal is written in quotes.
+Decimal = Annotated[str, Field(max_length=16, pattern=r"^[0-9]+(\.[0-9]+)?$")]
+SignedDecimal = Annotated[str, Field(max_length=16, pattern=r"^-?[0-9]+(\.[0-9]+)?$")]
+Expression = Annotated[str, Field(min_length=1, max_length=512)]
+Description = Annotated[str, Field(max_length=1024)]
+Seconds = Annotated[int, Field(ge=0, le=86400)]
+Anything = Annotated[Any, Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
+# A fragment of a Kubernetes object, which Kubernetes checks when it is used.
+Embedded = Annotated[
+    dict[str, Any],
+    Field(json_schema_extra={"type": "object", "x-kubernetes-preserve-unknown-fields": True}),
+]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule between fields: `holds` here, `cel` in the cluster. `field` is relative to the type."""
+
+    field: str
+    cel: str
+    message: str
+    holds: Callable[[Any], bool]
+
+
+class Resource(BaseModel):
+    """Base of every type in a custom resource: camelCase, immutable, nothing unknown."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+    )
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+
+class Metadata(BaseModel):
+    """Kubernetes' own: only what is read here is typed, the rest is kept as it is."""
+
+    model_config = ConfigDict(alias_generator=to_camel, extra="allow", frozen=True, strict=True)
+
+    name: ObjectName
+    namespace: Annotated[str, Field(max_length=63)] = ""
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+
+
+class Source(Resource):
+    """Where weights come from."""
+
+    uri: Annotated[
+        Uri,
+        Field(
+            description="hf://ORG/NAME (the Hugging Face hub), builtin://NAME (shipped with "
+            "KubeDiffusion) or file://PATH (a folder; in a cluster a mounted volume)."
+        ),
+    ]
+    revision: Annotated[
+        Revision, Field(description="Branch, tag or commit of an hf:// source. Pin a commit.")
+    ] = ""
+    subfolder: Annotated[RelativePath, Field(description="Folder inside the source.")] = ""
+    variant: Annotated[
+        Variant, Field(description="Weight files with this infix, such as fp16.")
+    ] = ""
+
+
+class Condition(Resource):
+    """As metav1.Condition."""
+
+    type: Annotated[str, Field(min_length=1, max_length=316)]
+    status: Literal["True", "False", "Unknown"]
+    reason: Annotated[str, Field(min_length=1, max_length=1024)]
+    message: Annotated[str, Field(max_length=32768)] = ""
+    last_transition_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    observed_generation: Annotated[int, Field(ge=0)] = 0
