@@ -1,0 +1,158 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Pulling a tensor's bytes from its producer: the consumer's side, and the node's Fetch."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import numpy as np
+
+from kubediffusion import rpc
+from kubediffusion.errors import InvalidInput, TensorLost
+from kubediffusion.tensors.arena import Mappings, host_id
+from kubediffusion.tensors.store import TensorStore
+from kubediffusion.tensors.values import as_array, nbytes_of
+from kubediffusion.v1alpha1 import node_pb2_grpc, tensor_pb2
+
+CHUNK_BYTES = 2 * 1024 * 1024
+MAX_CHANNELS = 64
+# A fetch may take this long, and longer by its size at the slowest network we would serve on.
+TIMEOUT_SECONDS = 20.0
+SLOWEST_BYTES_PER_SECOND = 10e6
+
+log = logging.getLogger(__name__)
+
+
+class Fetcher:
+    """Gets the bytes of tensor references by the cheapest way that works. One event loop's.
+
+    In this order: bytes in the reference itself; this process' own store; a file in `shm_dir` of
+    the same host; a gRPC stream from the producer. Only files under `shm_dir` are ever opened,
+    whatever path a reference names.
+    """
+
+    def __init__(self, store: TensorStore | None = None, shm_dir: Path | None = None) -> None:
+        """`shm_dir` is the folder that the producers of this host share; the store's by default."""
+        self._store = store
+        self._shm_dir = shm_dir or (store.shm_dir if store is not None else None)
+        self._mappings = Mappings()
+        self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
+        self._calls: Counter[str] = Counter()
+
+    async def fetch(self, ref: tensor_pb2.TensorRef) -> np.ndarray:
+        """The bytes: uint8, (nbytes,). Do not write into them: they may be the producer's own.
+
+        Raises TensorLost where they are gone, or their producer is.
+        """
+        if ref.nbytes != nbytes_of(ref.shape, ref.dtype):
+            raise InvalidInput(f"{ref.id}: {ref.nbytes} bytes are no tensor of its shape")
+        if ref.HasField("inline"):
+            return np.frombuffer(_whole(ref, ref.inline), np.uint8)
+        if self._store is not None and ref.incarnation == self._store.incarnation:
+            return self._store.get(ref.id)
+        view = self._map(ref)
+        return view if view is not None else await self._pull(ref)
+
+    async def fetch_array(self, ref: tensor_pb2.TensorRef) -> np.ndarray:
+        """The same with the reference's shape and type (bfloat16 as uint16)."""
+        return as_array(await self.fetch(ref), ref)
+
+    async def close(self) -> None:
+        self._mappings.close()
+        channels, self._channels = self._channels, OrderedDict()
+        for channel in channels.values():
+            await channel.close()
+
+    def trim(self) -> None:
+        """Frees memory of files that their producers have removed; call now and then."""
+        self._mappings.trim()
+
+    # ------------------------------------------------------------ shared memory
+
+    def _map(self, ref: tensor_pb2.TensorRef) -> np.ndarray | None:
+        shared = ref.shared_memory
+        if self._shm_dir is None or not shared.path or shared.host_id != host_id():
+            return None
+        path = Path(shared.path)
+        if path.parent.parent != self._shm_dir or path.parent.name != ref.incarnation:
+            return None
+        try:
+            return self._mappings.view(path, ref.nbytes)
+        except OSError as error:
+            log.debug("%s: cannot be mapped (%s); asking for it", path, error)
+            return None
+
+    # ------------------------------------------------------------ gRPC
+
+    async def _pull(self, ref: tensor_pb2.TensorRef) -> np.ndarray:
+        if not ref.address:
+            raise _lost(ref, "its producer has no address")
+        out = np.empty(ref.nbytes, np.uint8)
+        request = tensor_pb2.FetchRequest(tensor_id=ref.id, incarnation=ref.incarnation)
+        timeout = TIMEOUT_SECONDS + ref.nbytes / SLOWEST_BYTES_PER_SECOND
+        stub = node_pb2_grpc.ModelNodeStub(await self._channel(ref.address))
+        self._calls[ref.address] += 1
+        call = stub.Fetch(request, timeout=timeout)
+        done = 0
+        try:
+            async for chunk in call:
+                piece = np.frombuffer(chunk.data, np.uint8)
+                if done + piece.nbytes > ref.nbytes:
+                    raise _lost(ref, "its producer sent more than its size")
+                out[done : done + piece.nbytes] = piece
+                done += piece.nbytes
+        except grpc.aio.AioRpcError as error:
+            raise _lost(ref, str(rpc.from_rpc_error(error, ref.address))) from error
+        finally:
+            call.cancel()
+            self._calls[ref.address] -= 1
+        if done != ref.nbytes:
+            raise _lost(ref, f"its producer sent {done} of {ref.nbytes} bytes")
+        out.setflags(write=False)
+        return out
+
+    async def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = rpc.connect(address)
+        self._channels.move_to_end(address)
+        idle = [a for a in self._channels if not self._calls[a] and a != address]
+        for old in idle[: max(0, len(self._channels) - MAX_CHANNELS)]:
+            del self._calls[old]
+            await self._channels.pop(old).close()
+        return self._channels[address]
+
+
+def _whole(ref: tensor_pb2.TensorRef, data: bytes) -> bytes:
+    if len(data) != ref.nbytes:
+        raise InvalidInput(f"{ref.id}: {len(data)} bytes came inline, not {ref.nbytes}")
+    return data
+
+
+def _lost(ref: tensor_pb2.TensorRef, why: str) -> TensorLost:
+    return TensorLost(f"tensor {ref.id} cannot be had: {why}", tensor_ids=(ref.id,))
+
+
+async def serve_fetch(
+    store: TensorStore, request: tensor_pb2.FetchRequest, context: grpc.aio.ServicerContext
+) -> AsyncIterator[tensor_pb2.FetchChunk]:
+    """The node's Fetch: the bytes in chunks, or the status of TensorLost.
+
+    The bytes stay good while this runs, whoever releases the tensor.
+    """
+    async with rpc.answering(context):
+        if request.incarnation and request.incarnation != store.incarnation:
+            raise TensorLost(
+                f"{request.tensor_id} was made before this node started anew",
+                tensor_ids=(request.tensor_id,),
+            )
+        view = store.get(request.tensor_id).data
+        end = min(request.offset + request.length, len(view)) if request.length else len(view)
+        for start in range(request.offset, end, CHUNK_BYTES):
+            piece = view[start : min(start + CHUNK_BYTES, end)]
+            yield tensor_pb2.FetchChunk(data=bytes(piece))
