@@ -1,0 +1,100 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The state of one task, and one try at it on one node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, Protocol
+
+from kubediffusion.gateway.connections import NodeConnection
+from kubediffusion.gateway.plan import PlannedTask
+from kubediffusion.scheduling.placement import Placement
+from kubediffusion.v1alpha1 import gateway_pb2, node_pb2, tensor_pb2
+
+
+class AttemptOwner(Protocol):
+    @property
+    def request_id(self) -> str: ...
+
+    def handle(self, attempt: Attempt, kind: str, body: Any) -> None: ...
+
+    def task_lost(self, attempt: Attempt, reason: str, message: str) -> None: ...
+
+
+class TaskStatus(Enum):
+    """
+    WAITING   some producer is not done
+    HELD      no node can take it now; tried again on each change of the fleet
+    BACKOFF   lost more than once; tried again after a while
+    ASSIGNED  a node has it
+    DONE      its outputs are known
+    """
+
+    WAITING = auto()
+    HELD = auto()
+    BACKOFF = auto()
+    ASSIGNED = auto()
+    DONE = auto()
+
+
+@dataclass(slots=True, eq=False)
+class TaskRun:
+    planned: PlannedTask
+    status: TaskStatus = TaskStatus.WAITING
+    epoch: int = 0
+    attempts: int = 0
+    failures: int = 0
+    failed_on: frozenset[str] = frozenset()
+    checkpoint: node_pb2.Checkpoint | None = None
+    attempt: Attempt | None = None
+    outputs: Mapping[str, tensor_pb2.Value] = field(default_factory=dict[str, tensor_pb2.Value])
+    # The process that keeps outputs which are not inline.
+    kept_by: tuple[str, str] | None = None
+    time: gateway_pb2.StageTime | None = None
+
+
+class Attempt:
+    """A task on a node, at one epoch: what the node's connection hands events to."""
+
+    __slots__ = (
+        "epoch",
+        "expected_seconds",
+        "node",
+        "request_id",
+        "resumed_at",
+        "run",
+        "since",
+        "started",
+        "task",
+        "task_name",
+    )
+
+    def __init__(
+        self,
+        run: AttemptOwner,
+        task: TaskRun,
+        node: NodeConnection,
+        placement: Placement,
+        since: float,
+    ) -> None:
+        self.run = run
+        self.task = task
+        self.node = node
+        self.request_id = run.request_id
+        self.task_name = task.planned.name
+        self.epoch = task.epoch
+        self.expected_seconds = placement.run_seconds
+        self.since = since
+        self.started = False
+        self.resumed_at = 0
+
+    def handle(self, kind: str, body: Any) -> None:
+        if self.task.attempt is self:
+            self.run.handle(self, kind, body)
+
+    def lost(self, message: str) -> None:
+        if self.task.attempt is self:
+            self.run.task_lost(self, "NodeLost", message)

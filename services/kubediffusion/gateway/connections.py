@@ -1,0 +1,402 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""One model node as its coordinator sees it: one Work stream, kept up for ever.
+
+Messages down go through a queue (grpc.aio allows one writer a stream), events up are handed to the
+assignment they belong to by a plain call. When the stream breaks, every assignment on it is told at
+once; the stream is then opened again with a bounded back-off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from kubediffusion import rpc
+from kubediffusion.gateway.config import NodeLimits
+from kubediffusion.gateway.outbox import Outbox
+from kubediffusion.scheduling.fleet import NodeState
+from kubediffusion.v1alpha1 import node_pb2, node_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = node_pb2.ProtocolRange(min=1, max=1)
+# A node that refused for its full queue is left alone for so long.
+FULL_PAUSE = 0.1
+_COMING = frozenset(
+    {
+        node_pb2.MODEL_STATE_PENDING,
+        node_pb2.MODEL_STATE_DOWNLOADING,
+        node_pb2.MODEL_STATE_LOADING,
+    }
+)
+
+
+class Assignment(Protocol):
+    """A task on a node: what a connection must know of it."""
+
+    request_id: str
+    task_name: str
+    epoch: int
+    expected_seconds: float
+
+    def handle(self, kind: str, body: Any) -> None:
+        """An event of this task at this epoch."""
+
+    def lost(self, message: str) -> None:
+        """The node, or the way to it, is gone."""
+
+
+class FleetListener(Protocol):
+    def described(self, connection: NodeConnection, models: list[node_pb2.ModelStatus]) -> None:
+        """A node told of its models."""
+
+    def changed(self) -> None:
+        """Some task that could not be placed may now be."""
+
+
+class NodeConnection:
+    def __init__(
+        self,
+        address: str,
+        gateway_id: str,
+        limits: NodeLimits,
+        listener: FleetListener,
+        now: Callable[[], float],
+    ) -> None:
+        self.address = address
+        self.last_placed = 0
+        self.description: node_pb2.DescribeResponse | None = None
+        self.full_until = 0.0
+        self.retiring = False
+        self._limits = limits
+        self._listener = listener
+        self._now = now
+        self._hello = node_pb2.WorkRequest(
+            hello=node_pb2.Hello(
+                gateway_id=gateway_id, protocol=PROTOCOL, lease_seconds=limits.lease
+            )
+        )
+        self._up = False
+        self._last_heard = 0.0
+        self._load = node_pb2.LoadReport()
+        self._ready: frozenset[str] = frozenset()
+        self._loading: dict[str, float] = {}
+        self._draining = False
+        self._assigned: dict[tuple[str, str], Assignment] = {}
+        self._expected = 0.0
+        self._outbox = Outbox()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._call: Any = None
+        self._state: NodeState | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._describing: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------ what others ask
+
+    @property
+    def state(self) -> NodeState | None:
+        """None while there is no stream."""
+        if not self._up:
+            return None
+        if self._state is None:
+            self._state = self._build_state()
+        return self._state
+
+    @property
+    def node_id(self) -> str:
+        return self.description.node_id if self.description is not None else self.address
+
+    @property
+    def incarnation(self) -> str:
+        return self.description.incarnation if self._up and self.description is not None else ""
+
+    @property
+    def fingerprint(self) -> str:
+        return self.description.fingerprint if self.description is not None else ""
+
+    @property
+    def assigned(self) -> int:
+        return len(self._assigned)
+
+    @property
+    def pending_releases(self) -> int:
+        return self._outbox.pending_releases
+
+    def _build_state(self) -> NodeState:
+        node, load = self.description, self._load
+        assert node is not None
+        return NodeState(
+            address=self.address,
+            node_id=node.node_id,
+            incarnation=node.incarnation,
+            host_id=node.host_id,
+            fingerprint=node.fingerprint,
+            ready=self._ready,
+            loading=self._loading,
+            queued=load.queued,
+            running=load.running,
+            # A report is up to 100 ms old; what we sent since then is not in it.
+            queue_seconds=max(load.queued_seconds, self._expected),
+            memory_used=load.memory_used,
+            memory_limit=load.memory_limit,
+            draining=self._draining or self.retiring,
+            suspect=self._now() - self._last_heard > self._limits.suspect,
+            full_until=self.full_until,
+            last_placed=self.last_placed,
+        )
+
+    # ------------------------------------------------------------ what the coordinator does
+
+    def assign(self, assignment: Assignment, message: node_pb2.Assign, serial: int) -> None:
+        self._assigned[assignment.request_id, assignment.task_name] = assignment
+        self._expected += assignment.expected_seconds
+        self.last_placed = serial
+        self._state = None
+        self._outbox.send(node_pb2.WorkRequest(assign=message))
+
+    def forget(self, assignment: Assignment) -> None:
+        """The assignment is over, or no longer of interest: its events are dropped from now on."""
+        key = (assignment.request_id, assignment.task_name)
+        if self._assigned.get(key) is assignment:
+            del self._assigned[key]
+            self._expected -= assignment.expected_seconds
+            if not self._assigned:
+                self._expected = 0.0  # no rounding error stays behind
+                if self.retiring:
+                    self._break_stream()
+            self._state = None
+
+    def cancel(self, request_id: str) -> None:
+        if self._up:
+            self._outbox.send(node_pb2.WorkRequest(cancel=node_pb2.Cancel(request_id=request_id)))
+
+    def release(self, request_id: str) -> None:
+        """Free what a request left there: told now or, while the node is away, on its return."""
+        self._outbox.release(request_id)
+
+    def declined(self, model: str, reason: node_pb2.DeclineReason) -> None:
+        """What a refusal tells about the node, until it reports again."""
+        if reason == node_pb2.DECLINE_REASON_DRAINING:
+            self._draining = True
+        elif reason == node_pb2.DECLINE_REASON_NOT_RESIDENT:
+            self._ready -= {model}
+            self._describe_soon()
+        elif reason == node_pb2.DECLINE_REASON_QUEUE_FULL:
+            self.full_until = self._now() + FULL_PAUSE
+            self._later("full", FULL_PAUSE, self._listener.changed)
+        self._state = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"node {self.address}")
+
+    def retire(self) -> None:
+        """No new tasks; the connection ends with the last one it has."""
+        self.retiring = True
+        self._state = None
+        if not self._assigned:
+            self._break_stream()
+            if not self._up and self._task is not None:
+                self._task.cancel()
+
+    async def stop(self) -> None:
+        await self._outbox.drained(1.0)
+        tasks = [task for task in (self._task, self._describing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def ended(self) -> bool:
+        return self._task is not None and self._task.done()
+
+    # ------------------------------------------------------------ the stream
+
+    async def _run(self) -> None:
+        delay = self._limits.reconnect_first
+        channel = rpc.connect(self.address)
+        try:
+            while not self.retiring:
+                welcomed, why = await self._session(channel)
+                if self.retiring:
+                    break
+                delay = (
+                    self._limits.reconnect_first
+                    if welcomed
+                    else min(delay * 2, self._limits.reconnect_most)
+                )
+                log.debug("node %s: %s; again in %.2f s", self.address, why, delay)
+                await asyncio.sleep(delay)
+        finally:
+            await channel.close()
+
+    async def _session(self, channel: grpc.aio.Channel) -> tuple[bool, str]:
+        """One stream, from its opening to its end: whether we were welcome, and why it ended."""
+        stub = node_pb2_grpc.ModelNodeStub(channel)
+        call: Any = stub.Work()
+        self._call = call
+        writer: asyncio.Task[None] | None = None
+        why = "the node ended the stream"
+        welcomed = False
+        try:
+            async with asyncio.timeout(self._limits.welcome):
+                await call.write(self._hello)
+                events = aiter(call)
+                first = await anext(events, None)
+            if first is None or first.WhichOneof("kind") != "welcome":
+                return False, "no Welcome as the first message"
+            welcomed = True
+            self._open(first.welcome, stub)
+            writer = asyncio.create_task(
+                self._outbox.write_to(call), name=f"to node {self.address}"
+            )
+            async for event in events:
+                self._receive(event)
+        except grpc.aio.AioRpcError as error:
+            why = error.details() or error.code().name
+        except (TimeoutError, asyncio.InvalidStateError) as error:
+            why = str(error) or "no Welcome in time"
+        except asyncio.CancelledError:
+            # grpc.aio raises this where the call was cancelled, too, by `_break_stream`.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            why = "silent for too long"
+        finally:
+            self._call = None
+            call.cancel()
+            if writer is not None:
+                writer.cancel()
+            self._close(why)
+        return welcomed, why
+
+    def _open(self, welcome: node_pb2.Welcome, stub: node_pb2_grpc.ModelNodeStub) -> None:
+        self._stub = stub
+        self._up = True
+        self._last_heard = self._now()
+        self._draining = False
+        self.full_until = 0.0
+        self._expected = 0.0
+        self._outbox.open()
+        self._set_description(welcome.node)
+        if welcome.node.HasField("load"):
+            self._set_load(welcome.node.load)
+        self._every("renew", self._limits.lease / 3, self._renew)
+        self._every("silence", min(1.0, self._limits.suspect / 2), self._check_silence)
+        self._listener.changed()
+
+    def _close(self, why: str) -> None:
+        was_up, self._up = self._up, False
+        self._state = None
+        self._outbox.close()
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        if self._describing is not None:
+            self._describing.cancel()
+        lost, self._assigned = list(self._assigned.values()), {}
+        self._expected = 0.0
+        for assignment in lost:
+            assignment.lost(f"node {self.node_id} is gone: {why}")
+        if was_up:
+            self._listener.changed()
+
+    def _break_stream(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+
+    # ------------------------------------------------------------ events
+
+    def _receive(self, event: node_pb2.WorkEvent) -> None:
+        self._last_heard = self._now()
+        kind = event.WhichOneof("kind")
+        if kind is None or kind == "welcome":
+            return
+        body = getattr(event, kind)
+        if kind == "load":
+            self._loaded(body)
+            return
+        key = body.key
+        assignment = self._assigned.get((key.request_id, key.task))
+        if assignment is None or assignment.epoch != key.epoch:
+            return  # of an attempt that was given up: a late node can do no harm
+        try:
+            assignment.handle(kind, body)
+        except Exception:
+            log.exception("an event of node %s could not be handled", self.address)
+            self.forget(assignment)
+            assignment.lost("the gateway could not handle an event; see its log")
+
+    def _loaded(self, load: node_pb2.LoadReport) -> None:
+        before = (self._ready, self._draining, self._load.residency_generation)
+        self._set_load(load)
+        if before != (self._ready, self._draining, load.residency_generation):
+            self._describe_soon()
+            self._listener.changed()
+        elif self._loading:
+            self._describe_soon()
+
+    def _set_load(self, load: node_pb2.LoadReport) -> None:
+        self._load = load
+        self._draining = load.draining
+        ready = frozenset(load.resident)
+        if ready != self._ready:
+            self._ready = ready
+            self._loading = {k: v for k, v in self._loading.items() if k not in ready}
+        self._state = None
+
+    def _set_description(self, node: node_pb2.DescribeResponse) -> None:
+        self.description = node
+        now = self._now()
+        self._ready = frozenset(
+            model.identity for model in node.models if model.state == node_pb2.MODEL_STATE_READY
+        )
+        self._loading = {
+            model.identity: self._loading.get(model.identity, now)
+            for model in node.models
+            if model.state in _COMING
+        }
+        self._state = None
+        self._listener.described(self, list(node.models))
+
+    def _describe_soon(self) -> None:
+        if self._up and (self._describing is None or self._describing.done()):
+            self._describing = asyncio.create_task(self._describe())
+
+    async def _describe(self) -> None:
+        try:
+            node = await self._stub.Describe(node_pb2.DescribeRequest(), timeout=5.0)
+        except grpc.aio.AioRpcError as error:
+            log.debug("node %s: Describe: %s", self.address, error.details())
+            return
+        if self._up:
+            self._set_description(node)
+            self._listener.changed()
+
+    # ------------------------------------------------------------ timers
+
+    def _later(self, name: str, delay: float, action: Callable[[], None]) -> None:
+        if (old := self._timers.pop(name, None)) is not None:
+            old.cancel()
+        self._timers[name] = asyncio.get_running_loop().call_later(delay, action)
+
+    def _every(self, name: str, period: float, action: Callable[[], None]) -> None:
+        def tick() -> None:
+            action()
+            if self._up:
+                self._later(name, period, tick)
+
+        self._later(name, period, tick)
+
+    def _renew(self) -> None:
+        self._outbox.send(node_pb2.WorkRequest(renew=node_pb2.Renew()))
+
+    def _check_silence(self) -> None:
+        self._state = None  # `suspect` depends on the time
+        if self._now() - self._last_heard > self._limits.dead:
+            self._break_stream()

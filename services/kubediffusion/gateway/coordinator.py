@@ -1,0 +1,451 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""One image: its tasks are placed as their inputs come, and run again where they are lost.
+
+An `ImageRun` is a state machine that is driven by plain calls: events of nodes, changes of the
+fleet, timers. It owns no asyncio task, so ending it is a matter of `close`, and ten thousand of
+them cost what their states cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from kubediffusion.errors import Internal, InvalidInput, KubeDiffusionError, Unavailable
+from kubediffusion.gateway.attempts import Attempt, TaskRun, TaskStatus
+from kubediffusion.gateway.config import GatewayConfig
+from kubediffusion.gateway.connections import NodeConnection
+from kubediffusion.gateway.nodes import Fleet
+from kubediffusion.gateway.plan import ImagePlan
+from kubediffusion.gateway.values import tensors_of
+from kubediffusion.scheduling.placement import Placement, PlacementTask
+from kubediffusion.v1alpha1 import gateway_pb2, node_pb2, tensor_pb2
+
+
+class RunListener(Protocol):
+    """Who wants to know what becomes of an image."""
+
+    def started(self, run: ImageRun, stage: str, node: str) -> None: ...
+
+    def stepped(self, run: ImageRun, step: int, total_steps: int) -> None: ...
+
+    def previewed(self, run: ImageRun, step: int, image: tensor_pb2.TensorRef) -> None: ...
+
+    def resumed(self, run: ImageRun, stage: str, from_step: int, reason: str) -> None: ...
+
+    def held(self, run: ImageRun, models: Sequence[str]) -> None: ...
+
+    def completed(self, run: ImageRun, image: tensor_pb2.Value) -> None: ...
+
+    def failed(self, run: ImageRun, error: KubeDiffusionError) -> None: ...
+
+
+class ImageRun:
+    def __init__(
+        self, plan: ImagePlan, fleet: Fleet, config: GatewayConfig, listener: RunListener
+    ) -> None:
+        self.plan = plan
+        self.closed = False
+        self.tasks = {task.name: TaskRun(task) for task in plan.tasks}
+        self._fleet = fleet
+        self._config = config
+        self._listener = listener
+        self._readers: dict[str, list[TaskRun]] = {name: [] for name in self.tasks}
+        for task in self.tasks.values():
+            for producer in {source for source, _ in task.planned.ports.values()}:
+                self._readers[producer].append(task)
+        self._touched: dict[NodeConnection, None] = {}
+        self._timers: dict[object, asyncio.TimerHandle] = {}
+        self._waits = False
+
+    @property
+    def attempts_open(self) -> int:
+        return sum(task.attempt is not None for task in self.tasks.values())
+
+    @property
+    def is_held(self) -> bool:
+        return self._waits
+
+    @property
+    def is_running(self) -> bool:
+        return any(
+            task.attempt is not None and task.attempt.started for task in self.tasks.values()
+        )
+
+    def times(self) -> list[gateway_pb2.StageTime]:
+        return [task.time for task in self.tasks.values() if task.time is not None]
+
+    @property
+    def request_id(self) -> str:
+        return self.plan.request_id
+
+    def handle(self, attempt: Attempt, kind: str, body: Any) -> None:
+        _HANDLERS[kind](self, attempt, body)
+
+    def start(self) -> None:
+        for task in self.tasks.values():
+            if not self.closed and not task.planned.ports:
+                self._dispatch(task)
+
+    def close(self) -> None:
+        """Ends everything, everywhere: nothing of this image stays on any node."""
+        if self.closed:
+            return
+        self.closed = True
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        self._stop_waiting()
+        request_id = self.plan.request_id
+        cancelled: set[NodeConnection] = set()
+        for task in self.tasks.values():
+            if (attempt := task.attempt) is not None:
+                task.attempt = None
+                if attempt.node not in cancelled:
+                    cancelled.add(attempt.node)
+                    attempt.node.cancel(request_id)
+                attempt.node.forget(attempt)
+        for node in self._touched:
+            node.release(request_id)
+        self._touched.clear()
+
+    # ------------------------------------------------------------ placing
+
+    def _dispatch(self, task: TaskRun) -> None:
+        """Places a task, or whatever has to run before it, or holds it."""
+        if self.closed or task.status in (TaskStatus.ASSIGNED, TaskStatus.DONE):
+            return
+        task.status = TaskStatus.WAITING
+        if not self._inputs_ready(task):
+            return
+        placement = self._fleet.place(self._placement_task(task))
+        node = None if placement is None else self._fleet.connections.get(placement.address)
+        if placement is None or node is None or not placement.ready:
+            self._hold(task)
+            return
+        self._assign(task, node, placement)
+
+    def _inputs_ready(self, task: TaskRun) -> bool:
+        """Sends producers whose outputs went with their node to run again."""
+        ready = True
+        for name in dict.fromkeys(source for source, _ in task.planned.ports.values()):
+            producer = self.tasks[name]
+            kept_by = producer.kept_by
+            gone = kept_by is not None and not self._fleet.holds(*kept_by)
+            if producer.status is TaskStatus.DONE and gone:
+                self._run_again(producer, "NodeLost")
+            if producer.status is TaskStatus.WAITING:
+                self._dispatch(producer)
+            ready = ready and producer.status is TaskStatus.DONE
+        return ready
+
+    def _placement_task(self, task: TaskRun) -> PlacementTask:
+        planned, checkpoint = task.planned, task.checkpoint
+        inputs: dict[str, int] = {}
+        for source, port in planned.ports.values():
+            if self.tasks[source].kept_by is not None:
+                for ref in tensors_of(self.tasks[source].outputs[port]):
+                    inputs[ref.address] = inputs.get(ref.address, 0) + ref.nbytes
+        if checkpoint is None:
+            return PlacementTask(
+                planned.model,
+                planned.stage,
+                planned.units,
+                tuple(model for _, model in planned.helpers),
+                inputs,
+                task.failed_on,
+            )
+        left = 1.0 - checkpoint.step / max(checkpoint.total_steps, 1)
+        return PlacementTask(
+            planned.model,
+            planned.stage,
+            planned.units,
+            tuple(model for _, model in planned.helpers),
+            inputs,
+            task.failed_on,
+            checkpoint.fingerprint,
+            left,
+        )
+
+    def _assign(self, task: TaskRun, node: NodeConnection, placement: Placement) -> None:
+        task.epoch += 1
+        task.attempts += 1
+        attempt = Attempt(self, task, node, placement, self._fleet.now())
+        message = self._message(task, placement)
+        if message.lease.HasField("resume"):
+            attempt.resumed_at = message.lease.resume.step
+        task.status = TaskStatus.ASSIGNED
+        task.attempt = attempt
+        self._touched[node] = None
+        node.assign(attempt, message, self._fleet.next_serial())
+
+    def _message(self, task: TaskRun, placement: Placement) -> node_pb2.Assign:
+        planned = task.planned
+        message = node_pb2.Assign()
+        message.CopyFrom(planned.template)
+        message.key.epoch = task.epoch
+        message.expected_seconds = placement.run_seconds
+        for port, (source, output) in planned.ports.items():
+            message.inputs[port].CopyFrom(self.tasks[source].outputs[output])
+        if self.plan.deadline is not None:
+            left = self.plan.deadline - self._fleet.now()
+            message.remaining_ms = max(0, int(left * 1000))
+        if planned.stage == "denoise":
+            lease = message.lease
+            lease.checkpoint_every = self._config.checkpoint_every
+            if self.plan.previews and planned.steps:
+                lease.preview_every = -(-planned.steps // (self.plan.previews + 1))
+            if task.checkpoint is not None and placement.resumes:
+                lease.resume.CopyFrom(task.checkpoint)
+            for (name, model), address in zip(planned.helpers, placement.helpers, strict=True):
+                lease.helpers.add(
+                    kind=node_pb2.Helper.KIND_CONTROLNET, model=model, name=name, address=address
+                )
+        return message
+
+    # ------------------------------------------------------------ waiting for a node
+
+    def _hold(self, task: TaskRun) -> None:
+        task.status = TaskStatus.HELD
+        if self._waits:
+            return
+        self._waits = True
+        self._fleet.wait(self._retry_held)
+        self._after("hold", self.plan.activation_timeout, self._held_too_long)
+        self._listener.held(self, self._fleet.missing([task.planned.model]))
+
+    def _retry_held(self) -> None:
+        for task in self.tasks.values():
+            if task.status is TaskStatus.HELD:
+                self._dispatch(task)
+        if not any(task.status is TaskStatus.HELD for task in self.tasks.values()):
+            self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        if self._waits:
+            self._waits = False
+            self._fleet.unwait(self._retry_held)
+            if (timer := self._timers.pop("hold", None)) is not None:
+                timer.cancel()
+
+    def _held_too_long(self) -> None:
+        held = [task for task in self.tasks.values() if task.status is TaskStatus.HELD]
+        model = held[0].planned.model
+        why = self._fleet.why_missing(model)
+        self._fail(
+            Unavailable(
+                f"no model node took stage '{held[0].planned.stage}' of model {model} within "
+                f"{self.plan.activation_timeout:g} s"
+                + (f" ({why})" if why else "")
+                + "; check `kubediffusion status`, or send the request again later",
+                reason="NoReplica",
+            )
+        )
+
+    # ------------------------------------------------------------ events of a node
+
+    def _accepted(self, attempt: Attempt, body: node_pb2.Accepted) -> None:
+        if not attempt.started:
+            attempt.started = True
+            self._listener.started(self, attempt.task.planned.stage, attempt.node.node_id)
+
+    def _progress(self, attempt: Attempt, body: node_pb2.Progress) -> None:
+        self._accepted(attempt, node_pb2.Accepted())
+        self._listener.stepped(self, body.step, body.total_steps)
+
+    def _preview(self, attempt: Attempt, body: node_pb2.Preview) -> None:
+        self._listener.previewed(self, body.step, body.image)
+
+    def _checkpoint(self, attempt: Attempt, body: node_pb2.CheckpointTaken) -> None:
+        self._keep_checkpoint(attempt.task, body.checkpoint)
+
+    def _keep_checkpoint(self, task: TaskRun, checkpoint: node_pb2.Checkpoint) -> None:
+        """One whose tensors lie on the node would be lost with it: those are of no use."""
+        if all(tensor.HasField("inline") for tensor in checkpoint.tensors.values()):
+            task.checkpoint = checkpoint
+
+    def _done(self, attempt: Attempt, body: node_pb2.Done) -> None:
+        task, planned = attempt.task, attempt.task.planned
+        missing = [port for port in planned.template.outputs if port not in body.outputs]
+        if missing:
+            self.task_lost(attempt, "Internal", f"output {missing[0]!r} is not in Done")
+            return
+        self._accepted(attempt, node_pb2.Accepted())
+        self._leave(attempt)
+        task.status = TaskStatus.DONE
+        task.outputs = body.outputs
+        task.checkpoint = None
+        by_ref = any(True for value in body.outputs.values() for _ in tensors_of(value))
+        task.kept_by = (attempt.node.address, attempt.node.incarnation) if by_ref else None
+        self._measure(attempt, body.timing)
+        if planned.name == self.plan.result[0]:
+            self._listener.completed(self, body.outputs[self.plan.result[1]])
+            return
+        for reader in self._readers[planned.name]:
+            if reader.status is TaskStatus.WAITING:
+                self._dispatch(reader)
+
+    def _measure(self, attempt: Attempt, timing: node_pb2.Timing) -> None:
+        task, planned = attempt.task, attempt.task.planned
+        units = planned.units
+        if planned.steps and timing.steps_run and timing.steps_run != planned.steps:
+            units *= timing.steps_run / planned.steps
+        self._fleet.profiles.observe_run(
+            planned.model, planned.stage, attempt.node.fingerprint, units, timing.run_seconds
+        )
+        task.time = gateway_pb2.StageTime(
+            index=self.plan.index,
+            task=planned.name,
+            stage=planned.stage,
+            node=attempt.node.node_id,
+            timing=timing,
+            total_seconds=self._fleet.now() - attempt.since,
+            attempts=task.attempts,
+        )
+
+    def _declined(self, attempt: Attempt, body: node_pb2.Declined) -> None:
+        """Another node, now; a refusal that says nothing of the task is not held against it."""
+        reason = body.reason
+        attempt.node.declined(attempt.task.planned.model, reason)
+        if reason in _ELSEWHERE:
+            self._leave(attempt)
+            attempt.task.attempts -= 1
+            self._dispatch(attempt.task)
+            return
+        if reason == node_pb2.DECLINE_REASON_FINGERPRINT:
+            attempt.task.checkpoint = None
+        name = node_pb2.DeclineReason.Name(reason).removeprefix("DECLINE_REASON_")
+        self.task_lost(attempt, "Declined", f"{name}: {body.message}")
+
+    def _yielded(self, attempt: Attempt, body: node_pb2.Yielded) -> None:
+        """A draining node gave the lease back: that is no failure of anybody."""
+        task = attempt.task
+        self._keep_checkpoint(task, body.checkpoint)
+        self._leave(attempt)
+        attempt.node.declined(task.planned.model, node_pb2.DECLINE_REASON_DRAINING)
+        self._resumed(task, "Yielded")
+        self._dispatch(task)
+
+    def _failed(self, attempt: Attempt, body: node_pb2.Failed) -> None:
+        if body.reason == node_pb2.FAILURE_REASON_INVALID_INPUT:
+            self._leave(attempt)
+            self._fail(InvalidInput(body.message, field=body.field))
+        elif body.reason == node_pb2.FAILURE_REASON_INPUT_LOST:
+            self._input_lost(attempt, body)
+        else:
+            word = node_pb2.FailureReason.Name(body.reason).removeprefix("FAILURE_REASON_")
+            self.task_lost(attempt, word.title().replace("_", ""), body.message)
+
+    def _input_lost(self, attempt: Attempt, body: node_pb2.Failed) -> None:
+        """The producers of what is gone run again, then this task; nobody's node is to blame."""
+        task, lost = attempt.task, set(body.lost_tensors)
+        producers = [
+            producer
+            for producer in (self.tasks[s] for s in dict(task.planned.ports.values()))
+            if producer.kept_by is not None
+        ]
+        named = [
+            producer
+            for producer in producers
+            if any(
+                ref.id in lost for value in producer.outputs.values() for ref in tensors_of(value)
+            )
+        ]
+        for producer in named or producers:
+            self._run_again(producer, "InputLost")
+        self.task_lost(attempt, "InputLost", body.message, blame=False)
+
+    # ------------------------------------------------------------ losing and running again
+
+    def result_lost(self, message: str) -> None:
+        """The image could not be pulled from the node that made it."""
+        task = self.tasks[self.plan.result[0]]
+        self._run_again(task, "OutputLost", message)
+        self._dispatch(task)
+
+    def task_lost(self, attempt: Attempt, reason: str, message: str, *, blame: bool = True) -> None:
+        task, retries = attempt.task, self._config.retries
+        self._leave(attempt)
+        if self.closed:
+            return
+        if blame:
+            task.failed_on |= {attempt.node.address}
+        task.failures += 1
+        limit = retries.internal_attempts if reason in _OWN_FAULT else retries.attempts
+        if task.failures >= limit:
+            self._fail(self._given_up(task, reason, message))
+            return
+        self._resumed(task, reason)
+        if task.failures == 1:
+            self._dispatch(task)
+            return
+        task.status = TaskStatus.BACKOFF
+        delay = min(retries.backoff_first * 2 ** (task.failures - 2), retries.backoff_most)
+        self._after(task, delay, lambda: self._dispatch(task))
+
+    def _run_again(self, producer: TaskRun, reason: str, message: str = "") -> None:
+        """A task that was done becomes one to do, because its outputs are gone."""
+        if producer.status is not TaskStatus.DONE:
+            return
+        producer.status = TaskStatus.WAITING
+        producer.outputs, producer.kept_by = {}, None
+        producer.failures += 1
+        if producer.failures >= self._config.retries.attempts:
+            self._fail(self._given_up(producer, reason, message or "its outputs were lost"))
+            return
+        self._resumed(producer, reason)
+
+    def _given_up(self, task: TaskRun, reason: str, message: str) -> KubeDiffusionError:
+        text = (
+            f"stage '{task.planned.stage}' (task {task.planned.name}) was tried "
+            f"{task.failures} times, the last time: {message or reason}"
+        )
+        return Internal(text) if reason in _OWN_FAULT else Unavailable(text, reason="TaskLost")
+
+    def _resumed(self, task: TaskRun, reason: str) -> None:
+        step = task.checkpoint.step if task.checkpoint is not None else 0
+        self._listener.resumed(self, task.planned.stage, step, reason)
+
+    def _leave(self, attempt: Attempt) -> None:
+        attempt.node.forget(attempt)
+        attempt.task.attempt = None
+        if attempt.task.status is TaskStatus.ASSIGNED:
+            attempt.task.status = TaskStatus.WAITING
+
+    def _fail(self, error: KubeDiffusionError) -> None:
+        if not self.closed:
+            self.close()
+            self._listener.failed(self, error)
+
+    def _after(self, key: object, delay: float, action: Callable[[], None]) -> None:
+        def fire() -> None:
+            self._timers.pop(key, None)
+            action()
+
+        if (old := self._timers.pop(key, None)) is not None:
+            old.cancel()
+        self._timers[key] = asyncio.get_running_loop().call_later(delay, fire)
+
+
+_HANDLERS: Mapping[str, Callable[[ImageRun, Attempt, Any], None]] = {
+    "accepted": ImageRun._accepted,
+    "declined": ImageRun._declined,
+    "progress": ImageRun._progress,
+    "preview": ImageRun._preview,
+    "checkpoint": ImageRun._checkpoint,
+    "done": ImageRun._done,
+    "failed": ImageRun._failed,
+    "yielded": ImageRun._yielded,
+}
+
+# Refusals that say something of the node and nothing of the task.
+_ELSEWHERE = frozenset(
+    {
+        node_pb2.DECLINE_REASON_DRAINING,
+        node_pb2.DECLINE_REASON_NOT_RESIDENT,
+        node_pb2.DECLINE_REASON_QUEUE_FULL,
+    }
+)
+_OWN_FAULT = frozenset({"Internal", "OutOfMemory", "Unspecified"})

@@ -1,0 +1,235 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""A client's request under way: its images, and whoever listens to what happens to them.
+
+Usually one client listens. With an idempotency key, a retry joins the flight, or reads what a
+finished one left behind. The flight ends when its images are there, one failed, or nobody listens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from kubediffusion.errors import KubeDiffusionError
+from kubediffusion.gateway.coordinator import ImageRun
+from kubediffusion.gateway.delivery import Delivery
+from kubediffusion.gateway.hooks import ImageContext
+from kubediffusion.v1alpha1 import gateway_pb2, tensor_pb2
+
+# A client that reads slowly misses steps and previews, and never an image.
+MAX_BACKLOG = 128
+
+
+class Subscriber:
+    """One listener's events, in order. Iterate once."""
+
+    def __init__(self, flight: Flight) -> None:
+        self._flight = flight
+        self._events: deque[gateway_pb2.GenerateEvent] = deque(flight.history)
+        self._wake: asyncio.Future[None] | None = None
+
+    def push(self, event: gateway_pb2.GenerateEvent, dispensable: bool) -> None:
+        if dispensable and len(self._events) >= MAX_BACKLOG:
+            return
+        self._events.append(event)
+        self.wake()
+
+    def wake(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def events(self) -> AsyncIterator[gateway_pb2.GenerateEvent]:
+        """Raises the flight's error at its end, if it has one."""
+        events, flight = self._events, self._flight
+        while True:
+            while events:
+                yield events.popleft()
+            if flight.ended:
+                if flight.error is not None:
+                    raise flight.error
+                return
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+
+
+class Flight:
+    """All images of one request. The RunListener of each of them."""
+
+    def __init__(
+        self,
+        request_id: str,
+        request: gateway_pb2.GenerateRequest,
+        delivery: Delivery,
+        *,
+        keep: bool,
+        since: float,
+        now: Callable[[], float],
+        on_end: Callable[[Flight], None],
+    ) -> None:
+        self.request_id = request_id
+        self.request = request
+        self.history: list[gateway_pb2.GenerateEvent] = []
+        self.error: KubeDiffusionError | None = None
+        self.ended = False
+        self.runs: list[ImageRun] = []
+        self.nbytes = 0
+        self._delivery = delivery
+        self._keep = keep
+        self._since = since
+        self._now = now
+        self._on_end = on_end
+        self._subscribers: set[Subscriber] = set()
+        self._work: set[asyncio.Task[None]] = set()
+        self._previewing: set[int] = set()
+        self._images_left = 0
+        self._deadline: asyncio.TimerHandle | None = None
+
+    # ------------------------------------------------------------ listeners
+
+    def subscribe(self) -> Subscriber:
+        subscriber = Subscriber(self)
+        self._subscribers.add(subscriber)
+        return subscriber
+
+    def leave(self, subscriber: Subscriber) -> None:
+        """The last one to leave ends the flight."""
+        self._subscribers.discard(subscriber)
+        if not self._subscribers and not self.ended:
+            self.end(None)
+
+    @property
+    def listeners(self) -> int:
+        return len(self._subscribers)
+
+    # ------------------------------------------------------------ life
+
+    def begin(self, runs: Sequence[ImageRun], cold: bool, ahead: int) -> None:
+        self.runs = list(runs)
+        self._images_left = len(self.runs)
+        self._emit(0, queued=gateway_pb2.Queued(cold=cold, ahead=ahead))
+        for run in self.runs:
+            if not self.ended:
+                run.start()
+
+    def end_at(self, seconds: float, error: KubeDiffusionError) -> None:
+        """Fails with `error` unless it is over by then."""
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self.end, error)
+
+    def end(self, error: KubeDiffusionError | None) -> None:
+        """Frees all that the request holds, here and on the nodes. Safe to call again."""
+        if self.ended:
+            return
+        self.ended, self.error = True, error
+        if self._deadline is not None:
+            self._deadline.cancel()
+        for run in self.runs:
+            run.close()
+        current = asyncio.current_task()
+        for task in self._work:
+            if task is not current:
+                task.cancel()
+        self._on_end(self)
+        for subscriber in self._subscribers:
+            subscriber.wake()
+
+    @property
+    def succeeded(self) -> bool:
+        return self.ended and self.error is None and self._images_left == 0
+
+    @property
+    def background_tasks(self) -> int:
+        return len(self._work)
+
+    # ------------------------------------------------------------ what runs tell
+
+    def started(self, run: ImageRun, stage: str, node: str) -> None:
+        self._emit(run.plan.index, started=gateway_pb2.Started(stage=stage, node=node))
+
+    def stepped(self, run: ImageRun, step: int, total_steps: int) -> None:
+        stepped = gateway_pb2.Stepped(step=step, total_steps=total_steps)
+        self._emit(run.plan.index, dispensable=True, stepped=stepped)
+
+    def resumed(self, run: ImageRun, stage: str, from_step: int, reason: str) -> None:
+        resumed = gateway_pb2.Resumed(stage=stage, from_step=from_step, reason=reason)
+        self._emit(run.plan.index, resumed=resumed)
+
+    def held(self, run: ImageRun, models: Sequence[str]) -> None:
+        if models:
+            self._emit(run.plan.index, queued=gateway_pb2.Queued(cold=True))
+
+    def failed(self, run: ImageRun, error: KubeDiffusionError) -> None:
+        self.end(error)
+
+    def previewed(self, run: ImageRun, step: int, image: tensor_pb2.TensorRef) -> None:
+        index = run.plan.index
+        if index not in self._previewing:  # one at a time; a late one is no use
+            self._previewing.add(index)
+            self._spawn(self._preview(run, step, image))
+
+    def completed(self, run: ImageRun, image: tensor_pb2.Value) -> None:
+        if not self._delivery.must_wait(image):
+            picture = self._delivery.picture_now(image)
+            picture.seed = run.plan.seed
+            self._deliver(run, picture)
+        else:
+            self._spawn(self._complete(run, image))
+
+    # ------------------------------------------------------------ pictures
+
+    async def _preview(self, run: ImageRun, step: int, image: tensor_pb2.TensorRef) -> None:
+        try:
+            picture = await self._delivery.preview(image, self._context(run, preview=True))
+            if picture is not None and not self.ended:
+                picture.seed, picture.step = run.plan.seed, step
+                self._emit(run.plan.index, dispensable=True, preview=picture)
+        finally:
+            self._previewing.discard(run.plan.index)
+
+    async def _complete(self, run: ImageRun, image: tensor_pb2.Value) -> None:
+        picture = await self._delivery.picture(image, self._context(run), run)
+        if picture is not None and not self.ended:
+            picture.seed = run.plan.seed
+            self._deliver(run, picture)
+
+    def _context(self, run: ImageRun, preview: bool = False) -> ImageContext:
+        return ImageContext(
+            request_id=self.request_id,
+            index=run.plan.index,
+            seed=run.plan.seed,
+            workflow=self.request.workflow,
+            tenant=self.request.tenant,
+            preview=preview,
+        )
+
+    def _deliver(self, run: ImageRun, picture: gateway_pb2.Image) -> None:
+        run.close()
+        self.nbytes += len(picture.png)
+        self._emit(run.plan.index, image=picture)
+        self._images_left -= 1
+        if self._images_left:
+            return
+        finished = gateway_pb2.Finished(seconds=self._now() - self._since)
+        for done in self.runs:
+            finished.stages.extend(done.times())
+        self._emit(0, finished=finished)
+        self.end(None)
+
+    def _spawn(self, work: object) -> None:
+        task = asyncio.ensure_future(self._guarded(work))
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def _guarded(self, work: object) -> None:
+        try:
+            await work  # type: ignore[misc]
+        except KubeDiffusionError as error:
+            self.end(error)
+
+    def _emit(self, index: int, *, dispensable: bool = False, **kind: object) -> None:
+        event = gateway_pb2.GenerateEvent(request_id=self.request_id, index=index, **kind)  # type: ignore[arg-type]
+        if self._keep and not dispensable:
+            self.history.append(event)
+        for subscriber in self._subscribers:
+            subscriber.push(event, dispensable)

@@ -1,0 +1,130 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""All nodes of one gateway: where tasks go, what is known of their models, who waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+from kubediffusion.gateway.config import NodeLimits
+from kubediffusion.gateway.connections import NodeConnection
+from kubediffusion.scheduling.fleet import NodeState, missing_models
+from kubediffusion.scheduling.placement import Placement, PlacementTask, place
+from kubediffusion.scheduling.profiles import Profiles
+from kubediffusion.tensors import value_of
+from kubediffusion.v1alpha1 import node_pb2
+
+Facts: TypeAlias = "Mapping[str, str | int | float | bool]"
+
+
+class Fleet:
+    """Connections by address. A FleetListener of each of them."""
+
+    def __init__(
+        self, gateway_id: str, limits: NodeLimits, now: Callable[[], float], profiles: Profiles
+    ) -> None:
+        self.profiles = profiles
+        self.now = now
+        # Kept when the nodes go: a request can be checked while its model has no replica.
+        self.facts: dict[str, Facts] = {}
+        self.connections: dict[str, NodeConnection] = {}
+        self._retired: list[NodeConnection] = []
+        self._gateway_id = gateway_id
+        self._limits = limits
+        self._serial = 0
+        self._waiting: dict[Callable[[], None], None] = {}
+        self._loads_seen: dict[tuple[str, str], str] = {}
+        self._closed = False
+
+    def set_nodes(self, addresses: Iterable[str]) -> None:
+        """The nodes to use from now on; one that is left out ends what it was given."""
+        wanted = dict.fromkeys(addresses)
+        for address in [a for a in self.connections if a not in wanted]:
+            connection = self.connections.pop(address)
+            connection.retire()
+            self._retired.append(connection)
+        self._retired = [connection for connection in self._retired if not connection.ended]
+        for address in wanted:
+            if address not in self.connections:
+                connection = NodeConnection(address, self._gateway_id, self._limits, self, self.now)
+                self.connections[address] = connection
+                connection.start()
+
+    async def stop(self) -> None:
+        self._closed = True
+        self._waiting.clear()
+        connections = [*self.connections.values(), *self._retired]
+        await asyncio.gather(*(connection.stop() for connection in connections))
+
+    # ------------------------------------------------------------ placement
+
+    def states(self) -> list[NodeState]:
+        states = (connection.state for connection in self.connections.values())
+        return [state for state in states if state is not None]
+
+    def place(self, task: PlacementTask) -> Placement | None:
+        return place(task, self.states(), self.profiles, self.now())
+
+    def next_serial(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def holds(self, address: str, incarnation: str) -> bool:
+        """Whether the process that made a tensor is still there."""
+        connection = self.connections.get(address)
+        return connection is not None and connection.incarnation == incarnation
+
+    def missing(self, models: Sequence[str]) -> tuple[str, ...]:
+        return missing_models(self.states(), models)
+
+    def why_missing(self, model: str) -> str:
+        """What the nodes say of a model that none of them serves; empty if nothing."""
+        for connection in self.connections.values():
+            if connection.description is None:
+                continue
+            for status in connection.description.models:
+                if status.identity == model and status.state == node_pb2.MODEL_STATE_FAILED:
+                    return f"{connection.node_id}: {status.reason}: {status.message}"
+        return ""
+
+    # ------------------------------------------------------------ waiting for a node
+
+    def wait(self, retry: Callable[[], None]) -> None:
+        """`retry` is called on each change until `unwait`."""
+        self._waiting[retry] = None
+
+    def unwait(self, retry: Callable[[], None]) -> None:
+        self._waiting.pop(retry, None)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def changed(self) -> None:
+        if self._closed:
+            return
+        for retry in list(self._waiting):
+            if retry in self._waiting:
+                retry()
+
+    def described(self, connection: NodeConnection, models: list[node_pb2.ModelStatus]) -> None:
+        for model in models:
+            if model.state != node_pb2.MODEL_STATE_READY:
+                continue
+            facts = {name: value_of(value) for name, value in model.facts.items()}
+            self.facts[model.identity] = {
+                name: fact
+                for name, fact in facts.items()
+                if isinstance(fact, str | int | float | bool)
+            }
+            seen = (connection.address, model.identity)
+            if self._loads_seen.get(seen) != connection.incarnation:
+                self._loads_seen[seen] = connection.incarnation
+                self.profiles.observe_load(model.identity, model.load_seconds)
+
+    def forget_models(self, keep: frozenset[str]) -> None:
+        self.facts = {model: facts for model, facts in self.facts.items() if model in keep}
+        self._loads_seen = {k: v for k, v in self._loads_seen.items() if k[1] in keep}
+        self.profiles.forget_models(keep)

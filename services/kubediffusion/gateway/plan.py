@@ -1,0 +1,44 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a coordinator is asked to do for one image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kubediffusion.v1alpha1 import node_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTask:
+    """A task of the workflow, made ready for the wire.
+
+    ``template`` has all that does not change from attempt to attempt, with constant inputs;
+    ``ports`` says which output of which task each other input is.
+    """
+
+    name: str
+    model: str
+    stage: str
+    template: node_pb2.Assign
+    ports: Mapping[str, tuple[str, str]]
+    units: float = 1.0
+    steps: int = 0
+    helpers: tuple[tuple[str, str], ...] = ()  # name and model of each ControlNet
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlan:
+    """The tasks of one image, producers first, and the port that is the image."""
+
+    request_id: str
+    index: int
+    seed: int
+    tasks: Sequence[PlannedTask]
+    result: tuple[str, str]
+    previews: int = 0
+    # On the coordinator's clock; None: as long as it takes.
+    deadline: float | None = None
+    # How long a task may wait for a node that can take it, in seconds.
+    activation_timeout: float = 300.0
