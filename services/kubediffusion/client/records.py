@@ -132,8 +132,8 @@ def job_of(job: gateway_pb2.Job) -> Job:
     )
 
 
-def state_to_wire(state: JobState) -> int:
-    return gateway_pb2.JobState.Value(f"JOB_STATE_{state.name}")
+def state_to_wire(state: JobState) -> str:
+    return f"JOB_STATE_{state.name}"
 
 
 def workflow_of(info: gateway_pb2.WorkflowInfo) -> Workflow:
