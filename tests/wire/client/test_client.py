@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_gateway import WAIT, FakeGateway, event, finished, image, png, serving, stepped
 from PIL import Image as PillowImage
+from scripted_gateway import WAIT, FakeGateway, event, finished, image, png, serving, stepped
 
 from kubediffusion import errors
 from kubediffusion.client import (
