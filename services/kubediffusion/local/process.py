@@ -1,0 +1,133 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Node processes, forked from a server that has imported torch already.
+
+Importing torch, diffusers and transformers takes seconds; a fork of a process that has done so
+takes a tenth of one, and shares their memory. The fork server (multiprocessing's) has one thread
+and no gRPC at work, so its forks are sound. It is one for the whole of this process, and is warm
+for every later run in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+from kubediffusion import node
+from kubediffusion.errors import Unavailable
+from kubediffusion.local.folders import remove_run
+from kubediffusion.node import NodeConfig
+
+_context = multiprocessing.get_context("forkserver")
+_starting = threading.Lock()
+
+
+def warm_up(modules: Sequence[str]) -> None:
+    """Starts the fork server, which imports `modules` while this returns at once.
+
+    Only the first call in a process chooses them; what a node lacks it imports itself.
+    """
+    with _starting:
+        _context.set_forkserver_preload(list(modules))
+        forkserver.ensure_running()
+
+
+class NodeProcess:
+    """One node process, in a process group of its own, so that Ctrl-C is ours alone to handle."""
+
+    def __init__(self, process: Any) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(cls, config: NodeConfig, log: Path, run: Path) -> NodeProcess:
+        """Its output goes to `log`. It removes the folder `run` if this process here just dies."""
+        process = _context.Process(target=_node, args=(config, log, run), daemon=True)
+        try:
+            # Waits for the server's imports, the first time.
+            await asyncio.to_thread(_start, process)
+        except (EOFError, OSError) as error:
+            raise Unavailable(
+                f"cannot start a node process: {error or 'the fork server ended'}; "
+                "are the node's packages installed (pip install 'kubediffusion[node]')?",
+                reason="NodeStart",
+            ) from error
+        return cls(process)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def wait(self) -> int:
+        """Its exit code, or minus the signal that ended it."""
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+
+        def end() -> None:
+            loop.remove_reader(self._process.sentinel)
+            if not ended.done():
+                ended.set_result(None)
+
+        loop.add_reader(self._process.sentinel, end)
+        try:
+            await ended
+        finally:
+            loop.remove_reader(self._process.sentinel)
+        self._process.join()
+        return self._process.exitcode
+
+    def signal(self, number: signal.Signals) -> None:
+        if self._process.exitcode is None:
+            try:
+                os.kill(self.pid, number)
+            except ProcessLookupError:
+                return
+
+
+def _start(process: Any) -> None:
+    with _starting:
+        process.start()
+
+
+# ---------------------------------------------------------------- inside the node's process
+
+
+def _node(config: NodeConfig, log: Path, run: Path) -> None:
+    os.setpgid(0, 0)
+    # What the server imported is garbage never: not looked at, so not copied either.
+    gc.freeze()
+    _log_to(log)
+    threading.Thread(target=_leave_with_parents, args=(run,), daemon=True).start()
+    node.run(config)
+
+
+def _log_to(path: Path) -> None:
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+
+
+def _leave_with_parents(run: Path) -> None:
+    """Ends this process when the supervisor or the fork server does, kill -9 included."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinels: list[int] = [parent.sentinel]
+    if hasattr(os, "pidfd_open"):
+        sentinels.append(os.pidfd_open(os.getppid()))
+    multiprocessing.connection.wait(sentinels)
+    # The server ends with the supervisor, a moment later: which of the two was it?
+    if multiprocessing.connection.wait([parent.sentinel], timeout=0.5):
+        remove_run(run)
+    os.kill(os.getpid(), signal.SIGKILL)
