@@ -1,2 +1,45 @@
 # Copyright 2026 The KubeDiffusion Authors
 # SPDX-License-Identifier: Apache-2.0
+"""The workflow language: `resolve` a workflow once, `bind` and `expand` each request. Pure."""
+
+from kubediffusion.workflow.bind import bind, seed_from_key
+from kubediffusion.workflow.expand import expand
+from kubediffusion.workflow.resolve import resolve, sources
+from kubediffusion.workflow.values import (
+    Bound,
+    Constant,
+    Facts,
+    InputSpec,
+    InputType,
+    LoraDecl,
+    LoraUse,
+    ModelRef,
+    PipelineIndex,
+    PortRef,
+    ResolvedWorkflow,
+    Slo,
+    Task,
+    Value,
+)
+
+__all__ = [
+    "Bound",
+    "Constant",
+    "Facts",
+    "InputSpec",
+    "InputType",
+    "LoraDecl",
+    "LoraUse",
+    "ModelRef",
+    "PipelineIndex",
+    "PortRef",
+    "ResolvedWorkflow",
+    "Slo",
+    "Task",
+    "Value",
+    "bind",
+    "expand",
+    "resolve",
+    "seed_from_key",
+    "sources",
+]
