@@ -1,0 +1,413 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The one thread that owns the device.
+
+It takes what can run from its inbox, asks `scheduling.order` what to do next, does one one-shot
+task or one step of a batch of leases, tells the loop, and looks again. So everything that changes
+a task (a more urgent one, a cancellation, a load or an eviction) happens between two steps.
+
+Loading runs here too, not beside: diffusers and transformers set process-wide defaults (the default
+dtype, patched module constructors) while they build a network, and a step of another model at that
+moment would compute with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from time import perf_counter
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import torch
+
+from kubediffusion.errors import Cancelled, Internal, InvalidInput, KubeDiffusionError, Overloaded
+from kubediffusion.models.base import Denoiser, PortValue
+from kubediffusion.node import ports
+from kubediffusion.node.tasks import Stop, Task
+from kubediffusion.scheduling.order import FairShare, Limits, next_batch
+from kubediffusion.tensors import TensorStore
+from kubediffusion.v1alpha1 import node_pb2, tensor_pb2
+
+T = TypeVar("T")
+Outputs = dict[str, tensor_pb2.Value]
+FailureReason: TypeAlias = node_pb2.FailureReason
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Who is told, on the event loop, what happened on the device."""
+
+    def progressed(self, task: Task, step: int, total_steps: int, seconds: float) -> None: ...
+    def previewed(self, task: Task, step: int, image: tensor_pb2.TensorRef) -> None: ...
+    def checkpointed(self, task: Task, checkpoint: node_pb2.Checkpoint) -> None: ...
+    def done(self, task: Task, outputs: Outputs) -> None: ...
+    def failed(self, task: Task, error: KubeDiffusionError, reason: FailureReason) -> None: ...
+    def stopped(self, task: Task, checkpoint: node_pb2.Checkpoint | None) -> None: ...
+    def batched(self, tasks: Sequence[Task]) -> None: ...
+    def preempted(self, task: Task) -> None: ...
+    def poisoned(self, message: str) -> None: ...
+
+
+class Device:
+    """Its methods are for the event loop; what they ask for happens at the next boundary."""
+
+    def __init__(
+        self,
+        store: TensorStore,
+        fingerprint: str,
+        *,
+        threads: int = 1,
+        limits: Limits | None = None,
+        now: Callable[[], float],
+    ) -> None:
+        self.fingerprint = fingerprint
+        # Tasks that have the device now; read by the loop.
+        self.running: tuple[Task, ...] = ()
+        self._store = store
+        self._threads = threads
+        self._limits = limits or Limits()
+        self._now = now
+        self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._ready: dict[int, Task] = {}
+        self._fair = FairShare()
+        self._posts: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._armed = False
+        self._closing = False
+        self._thread = threading.Thread(target=self._main, name="device", daemon=True)
+
+    def start(self, listener: Listener) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._listener = listener
+        self._thread.start()
+
+    def submit(self, task: Task) -> None:
+        self._inbox.put(lambda: self._take(task))
+
+    def stop(self, task: Task) -> None:
+        """Ends a submitted task at the next boundary as `task.stop` says."""
+        self._inbox.put(lambda: self._stop(task))
+
+    def call(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        """Runs `function` on the device thread between two steps."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def resolve(result: T | None, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def run() -> None:
+            try:
+                self._post(resolve, function(), None)
+            except BaseException as error:
+                self._post(resolve, None, error)
+
+        self._inbox.put(run)
+        return future
+
+    def close(self, timeout: float = 5.0) -> bool:
+        """Ends the thread after what it does now; whether it ended in time."""
+        self._closing = True
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # ------------------------------------------------------------ the thread
+
+    def _main(self) -> None:
+        # Both are this thread's own: OpenMP keeps its team's size by thread.
+        torch.set_num_threads(self._threads)
+        torch.set_grad_enabled(False)
+        while not self._closing:
+            self._receive()
+            if self._ready and not self._closing:
+                self._turn()
+
+    def _receive(self) -> None:
+        """Does what the loop asked for; waits for that only where there is nothing to run."""
+        try:
+            message = self._inbox.get(block=not self._ready)
+            while message is not None:
+                message()
+                message = self._inbox.get_nowait()
+        except Empty:
+            return
+
+    def _take(self, task: Task) -> None:
+        self._ready[task.sequence] = task
+        self._fair.enter(task.assign.tenant)
+        if task.stop is not None:
+            self._stop(task)
+
+    def _drop(self, task: Task) -> None:
+        if self._ready.pop(task.sequence, None) is not None:
+            self._fair.leave(task.assign.tenant)
+        task.denoising = None
+        task.fetched = {}
+        if task in self.running:
+            self.running = tuple(other for other in self.running if other is not task)
+
+    def _stop(self, task: Task) -> None:
+        if task.sequence not in self._ready:
+            return  # it ended meanwhile
+        if not task.is_lease and task.stop is not Stop.CANCEL:
+            return  # it is short and runs to its end
+        checkpoint = None
+        if task.stop is not Stop.CANCEL and task.denoising is not None:
+            try:
+                checkpoint = self._checkpoint(task)
+            except Exception as error:
+                self._fail(task, error)
+                return
+        self._drop(task)
+        self._post(self._listener.stopped, task, checkpoint)
+
+    def _turn(self) -> None:
+        self._prepare_fellow()
+        tasks = list(self._ready.values())
+        if not tasks:
+            return
+        if len(tasks) == 1:
+            batch = tasks
+        else:
+            entries = [task.entry(self._fair.of(task.assign.tenant)) for task in tasks]
+            batch = [tasks[i] for i in next_batch(entries, self._now(), self._limits)]
+        self._switch_to(batch)
+        if batch[0].is_lease:
+            self._step(batch)
+        else:
+            self._run(batch[0])
+
+    def _switch_to(self, batch: Sequence[Task]) -> None:
+        before, self.running = self.running, tuple(batch)
+        now = self._now()
+        for task in batch:
+            if task.started is None:
+                task.started = now
+        if not batch[0].is_lease:
+            return  # a one-shot task goes in between; the lease it held up stays the current one
+        for task in self._ready.values():
+            was, task.running = task.running, task in batch
+            if was and not task.running:
+                self._post(self._listener.preempted, task)
+        if len(batch) > 1 and tuple(batch) != before:
+            self._post(self._listener.batched, batch)
+
+    def _prepare_fellow(self) -> None:
+        """Begins one waiting lease that could share forwards with a running one.
+
+        Whether it can is known only from its state, which `_begin` makes.
+        """
+        for running in self.running:
+            if running.exact or not running.is_lease or len(self.running) >= self._limits.max_batch:
+                return
+            for task in self._ready.values():
+                like = task.resident is running.resident and task.is_lease and not task.exact
+                if like and task.denoising is None:
+                    self._begin(task)
+                    return
+
+    # ------------------------------------------------------------ one-shot tasks
+
+    def _run(self, task: Task) -> None:
+        begin = perf_counter()
+        try:
+            inputs = self._inputs(task)
+            result = task.resident.loaded.run(task.assign.stage, inputs, task.loras)
+            task.run_seconds = perf_counter() - begin
+            outputs = self._outputs(task, result)
+        except Exception as error:
+            task.run_seconds = perf_counter() - begin
+            self._fail(task, error)
+            return
+        self._charge([task], task.run_seconds)
+        self._drop(task)
+        self._post(self._listener.done, task, outputs)
+
+    def _inputs(self, task: Task) -> dict[str, PortValue]:
+        return {
+            port: ports.decode(value, task.fetched) for port, value in task.assign.inputs.items()
+        }
+
+    def _outputs(self, task: Task, result: Any) -> Outputs:
+        """Those that somebody reads, for the wire. A cancelled task keeps none."""
+        if task.stop is Stop.CANCEL:
+            return {}
+        outputs: Outputs = {}
+        for port in task.assign.outputs:
+            if port not in result:
+                raise InvalidInput(
+                    f"stage {task.assign.stage} has no output {port!r}; it has "
+                    f"{', '.join(sorted(result))}",
+                    field="outputs",
+                )
+            name = f"{task.assign.key.task}/{port}/{task.assign.key.epoch}"
+            outputs[port] = ports.encode(self._store, task.scope, name, result[port])
+        return outputs
+
+    # ------------------------------------------------------------ leases
+
+    def _step(self, batch: Sequence[Task]) -> None:
+        begun = [task for task in batch if task.denoising is not None or self._begin(task)]
+        stepping = [task for task in begun if not self._through(task)]
+        if stepping:
+            self._advance(stepping)
+        for task in begun:
+            if task.sequence in self._ready:
+                self._after_step(task, stepped=task in stepping)
+
+    def _begin(self, task: Task) -> bool:
+        """Makes the lease's state; its first step follows at once."""
+        begin = perf_counter()
+        try:
+            denoiser = task.resident.loaded
+            if not isinstance(denoiser, Denoiser):
+                raise InvalidInput(f"{task.resident.identity} cannot denoise", field="stage")
+            lease = task.assign.lease
+            resume = (
+                ports.decode_checkpoint(lease.resume, task.fetched)
+                if lease.HasField("resume")
+                else None
+            )
+            task.denoising = denoiser.start(
+                self._inputs(task),
+                task.loras,
+                resume,
+                [helper.loaded for helper in task.helpers],
+            )
+            if not task.exact:
+                task.batch_key = (
+                    task.resident.identity,
+                    denoiser.batch_key(task.denoising),
+                )
+        except Exception as error:
+            self._fail(task, error)
+            return False
+        task.run_seconds += perf_counter() - begin
+        return True
+
+    def _through(self, task: Task) -> bool:
+        return task.denoising is not None and task.denoising.step >= task.denoising.total_steps
+
+    def _advance(self, tasks: Sequence[Task]) -> None:
+        begin = perf_counter()
+        denoiser = tasks[0].resident.loaded
+        assert isinstance(denoiser, Denoiser)
+        try:
+            denoiser.advance([task.denoising for task in tasks if task.denoising is not None])
+        except Exception as error:
+            # Which of a batch is to blame cannot be told, and all states may be half a step on.
+            for task in tasks:
+                self._fail(task, error)
+            return
+        seconds = perf_counter() - begin
+        for task in tasks:
+            task.run_seconds += seconds
+            task.steps_run += 1
+        self._charge(tasks, seconds)
+
+    def _after_step(self, task: Task, stepped: bool) -> None:
+        denoising, lease = task.denoising, task.assign.lease
+        assert denoising is not None
+        step, total = denoising.step, denoising.total_steps
+        try:
+            if step >= total:
+                outputs = self._outputs(task, denoising.finish())
+                self._drop(task)
+                self._post(self._listener.progressed, task, step, total, task.run_seconds)
+                self._post(self._listener.done, task, outputs)
+                return
+            if not stepped:
+                return
+            self._post(self._listener.progressed, task, step, total, task.run_seconds)
+            if lease.preview_every and step % lease.preview_every == 0:
+                image = ports.inline(f"{task.prefix}/preview/{step}", denoising.preview())
+                self._post(self._listener.previewed, task, step, image)
+            if lease.checkpoint_every and step % lease.checkpoint_every == 0:
+                self._post(self._listener.checkpointed, task, self._checkpoint(task))
+        except Exception as error:
+            self._fail(task, error)
+
+    def _checkpoint(self, task: Task) -> node_pb2.Checkpoint:
+        assert task.denoising is not None
+        state = task.denoising.checkpoint()
+        return ports.encode_checkpoint(state, f"{task.prefix}/checkpoint", self.fingerprint)
+
+    def _charge(self, tasks: Sequence[Task], seconds: float) -> None:
+        for task in tasks:
+            self._fair.charge(task.assign.tenant, seconds / len(tasks), task.weight)
+
+    # ------------------------------------------------------------ trouble
+
+    def _fail(self, task: Task, error: Exception) -> None:
+        self._drop(task)
+        if task.stop is Stop.CANCEL or isinstance(error, Cancelled):
+            self._post(self._listener.stopped, task, None)
+            return
+        known, reason = failure_of(error)
+        if isinstance(known, Internal):
+            log.error("task %s failed", "/".join(task.name), exc_info=error)
+        if reason == node_pb2.FAILURE_REASON_OUT_OF_MEMORY and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        self._post(self._listener.failed, task, known, reason)
+        if is_poisoned(error):
+            self._closing = True
+            self._post(self._listener.poisoned, str(error))
+
+    # ------------------------------------------------------------ back to the loop
+
+    def _post(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Many posts, one wake-up: the loop takes all that has gathered when it gets there."""
+        self._posts.append((function, arguments))
+        if not self._armed:
+            self._armed = True
+            try:
+                self._loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # the loop is closed: nobody is left to tell
+                self._closing = True
+
+    def _deliver(self) -> None:
+        self._armed = False
+        while self._posts:
+            function, arguments = self._posts.popleft()
+            function(*arguments)
+
+
+def failure_of(error: Exception) -> tuple[KubeDiffusionError, FailureReason]:
+    """What a task's failure is called on the wire."""
+    if is_out_of_memory(error):
+        text = f"the device has no memory for it ({str(error).splitlines()[0]})"
+        return Overloaded(text, retry_after=1.0), node_pb2.FAILURE_REASON_OUT_OF_MEMORY
+    if isinstance(error, Overloaded):
+        return error, node_pb2.FAILURE_REASON_OUT_OF_MEMORY
+    if isinstance(error, InvalidInput):
+        return error, node_pb2.FAILURE_REASON_INVALID_INPUT
+    if isinstance(error, KubeDiffusionError):
+        return error, node_pb2.FAILURE_REASON_INTERNAL
+    text = f"unexpected {type(error).__name__}; see the node's log"
+    return Internal(text), node_pb2.FAILURE_REASON_INTERNAL
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def is_poisoned(error: BaseException) -> bool:
+    """A device error after which every further call fails: only a new process helps."""
+    if is_out_of_memory(error):
+        return False
+    fatal: type[BaseException] | None = getattr(torch, "AcceleratorError", None)
+    if fatal is not None and isinstance(error, fatal):
+        return True
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)

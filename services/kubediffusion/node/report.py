@@ -1,0 +1,118 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""How busy the node is: load reports to every gateway, and the same numbers as metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from kubediffusion.node.device import Device
+from kubediffusion.node.residency import Residency
+from kubediffusion.node.tasks import Task
+from kubediffusion.telemetry.metrics import NodeMetrics
+from kubediffusion.tensors import TensorStore
+from kubediffusion.v1alpha1 import node_pb2
+
+if TYPE_CHECKING:
+    from kubediffusion.node.core import Node
+
+SOONEST = 0.1
+LATEST = 1.0
+
+
+class Reporter:
+    """Reports on change, at most every 100 ms, and once a second."""
+
+    def __init__(
+        self,
+        node: Node,
+        store: TensorStore,
+        device: Device,
+        residency: Residency,
+        metrics: NodeMetrics,
+    ) -> None:
+        self._node = node
+        self._store = store
+        self._device = device
+        self._residency = residency
+        self._metrics = metrics
+        self._timer: asyncio.TimerHandle | None = None
+        self._soon = False
+        self._last = -LATEST
+        self._counted: set[tuple[str, str]] = set()
+
+    def changed(self) -> None:
+        """Cheap: called with every task's beginning and end."""
+        if not self._soon and self._timer is not None:
+            self._timer.cancel()
+            self._soon = True
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(0.0, self._last + SOONEST - loop.time()), self.now)
+
+    def now(self) -> None:
+        """Sends a report and sets the clock for the next. The first call starts it."""
+        if self._timer is not None:
+            self._timer.cancel()
+        loop = asyncio.get_running_loop()
+        self._last = loop.time()
+        self._soon = False
+        self._timer = loop.call_later(LATEST, self.now)
+        report = self.load()
+        event = node_pb2.WorkEvent(load=report)
+        for session in self._node.sessions.values():
+            session.outbox.replace(("load",), event)
+        self._publish(report)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def load(self) -> node_pb2.LoadReport:
+        """Every task that is here and has not the device waits."""
+        running = [task for task in self._device.running if not task.ended]
+        tasks = self._node.tasks.values()
+        stats = self._store.stats()
+        return node_pb2.LoadReport(
+            queued=len(tasks) - len(running),
+            running=len(running),
+            queued_seconds=sum(task.remaining_seconds() for task in tasks),
+            memory_used=self._residency.memory_used,
+            memory_limit=self._residency.memory_limit,
+            draining=self._node.draining,
+            resident=self._residency.ready,
+            tensor_bytes=stats.nbytes,
+            tensors=stats.tensors,
+            residency_generation=self._residency.generation,
+        )
+
+    def observe(self, task: Task, outcome: str) -> None:
+        """A task ended."""
+        labels = (task.assign.model, task.assign.stage)
+        timing = task.timing()
+        self._metrics.tasks.labels(*labels, outcome).inc()
+        if task.started is not None:
+            self._metrics.task_queue_seconds.labels(*labels).observe(timing.queue_seconds)
+            self._metrics.task_fetch_seconds.labels(*labels).observe(timing.fetch_seconds)
+            self._metrics.task_run_seconds.labels(*labels).observe(timing.run_seconds)
+
+    def _publish(self, report: node_pb2.LoadReport) -> None:
+        metrics = self._metrics
+        running = Counter(_labels(task) for task in self._device.running if not task.ended)
+        present = Counter(_labels(task) for task in self._node.tasks.values())
+        known = self._residency.known_stages()
+        for labels in known | set(present) | self._counted:
+            metrics.tasks_queued.labels(*labels).set(present[labels] - running[labels])
+            metrics.tasks_running.labels(*labels).set(running[labels])
+        self._counted = set(present)
+        metrics.tensors.set(report.tensors)
+        metrics.tensor_bytes.set(report.tensor_bytes)
+        metrics.tensor_held_bytes.set(self._store.stats().held_bytes)
+        metrics.memory_limit_bytes.set(report.memory_limit)
+        metrics.residency_generation.set(report.residency_generation)
+
+
+def _labels(task: Task) -> tuple[str, str]:
+    return (task.assign.model, task.assign.stage)

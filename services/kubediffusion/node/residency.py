@@ -1,0 +1,303 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which models are on this node: what the planner says, carried out one model at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+import torch
+
+from kubediffusion import tensors
+from kubediffusion.errors import (
+    Conflict,
+    InvalidInput,
+    KubeDiffusionError,
+    SourceUnavailable,
+)
+from kubediffusion.models.base import LoadSpec, Model
+from kubediffusion.node.device import Device, is_out_of_memory
+from kubediffusion.node.library import Library
+from kubediffusion.node.tasks import Resident
+from kubediffusion.node.threads import in_thread
+from kubediffusion.telemetry.metrics import NodeMetrics
+from kubediffusion.v1alpha1 import node_pb2
+
+# A source that does not answer is asked again after 1, 2, 4, ... seconds, so often in all.
+LOAD_ATTEMPTS = 6
+FIRST_RETRY_SECONDS = 1.0
+MAX_MODELS = 256
+
+PENDING = node_pb2.MODEL_STATE_PENDING
+DOWNLOADING = node_pb2.MODEL_STATE_DOWNLOADING
+LOADING = node_pb2.MODEL_STATE_LOADING
+READY = node_pb2.MODEL_STATE_READY
+FAILED = node_pb2.MODEL_STATE_FAILED
+EVICTING = node_pb2.MODEL_STATE_EVICTING
+
+log = logging.getLogger(__name__)
+
+
+class OldGeneration(Conflict):
+    reason = "OldGeneration"
+    grpc_code = "FAILED_PRECONDITION"
+
+
+class DoesNotFitError(KubeDiffusionError):
+    reason = "OutOfMemory"
+
+
+class Residency:
+    """Plans come in by `plan`; a task of its own evicts what is no longer planned, then loads.
+
+    One failing model does not keep the others from serving. A failure that may pass (the source
+    does not answer) is tried again; any other waits for a newer plan.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        library: Library,
+        metrics: NodeMetrics,
+        *,
+        device_name: str = "cpu",
+        memory_limit: int = 0,
+        now: Callable[[], float],
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.generation = 0
+        self.memory_limit = memory_limit
+        # Set by those who must know: stop what runs on it; something changed.
+        self.on_evicting: Callable[[Resident], None] = lambda resident: None
+        self.on_change = on_change
+        self._device = device
+        self._library = library
+        self._metrics = metrics
+        self._device_name = device_name
+        self._now = now
+        self._planner = ""
+        self._planned: dict[str, node_pb2.ModelSpec] = {}
+        self._residents: dict[str, Resident] = {}
+        self._work = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._carry_out(), name="residency")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    # ------------------------------------------------------------ what is asked
+
+    def plan(self, generation: int, planner: str, specs: Sequence[node_pb2.ModelSpec]) -> None:
+        """Takes a plan; `statuses` tells how far it is. Raises InvalidInput, OldGeneration."""
+        planned = {spec.identity: spec for spec in specs}
+        if "" in planned or len(planned) != len(specs) or len(specs) > MAX_MODELS:
+            raise InvalidInput(
+                f"a plan names each model once, by its identity, and {MAX_MODELS} at most",
+                field="models",
+            )
+        if generation < self.generation:
+            raise OldGeneration(
+                f"generation {generation} is older than {self.generation} of {self._planner}",
+                field="generation",
+            )
+        if generation == self.generation and set(planned) != set(self._planned) and self._planner:
+            raise OldGeneration(
+                f"generation {generation} was another plan; count it up with every change",
+                field="generation",
+            )
+        repeated = generation == self.generation
+        self.generation, self._planner, self._planned = generation, planner or "?", planned
+        for identity, spec in planned.items():
+            resident = self._residents.get(identity)
+            if resident is None or (resident.status.state == FAILED and not repeated):
+                self._enter(spec)
+            else:
+                resident.spec = spec  # its LoRAs may have changed; its identity says what may not
+        self._work.set()
+        self.on_change()
+
+    def ready_model(self, identity: str) -> Resident | None:
+        resident = self._residents.get(identity)
+        return resident if resident is not None and resident.ready else None
+
+    def statuses(self) -> list[node_pb2.ModelStatus]:
+        for resident in self._residents.values():
+            resident.status.downloaded_bytes = resident.progress.done
+            resident.status.total_bytes = resident.progress.total
+        return [resident.status for resident in self._residents.values()]
+
+    @property
+    def ready(self) -> list[str]:
+        return [identity for identity, resident in self._residents.items() if resident.ready]
+
+    @property
+    def settled(self) -> bool:
+        """Every planned model is there, or has failed, and there is one to serve."""
+        states = [self._residents[i].status.state for i in self._planned if i in self._residents]
+        return READY in states and all(state in (READY, FAILED) for state in states)
+
+    @property
+    def memory_used(self) -> int:
+        return sum(r.status.nbytes for r in self._residents.values() if r.model is not None)
+
+    def known_stages(self) -> set[tuple[str, str]]:
+        return {(r.identity, stage) for r in self._residents.values() for stage in r.status.stages}
+
+    # ------------------------------------------------------------ carrying it out
+
+    def _enter(self, spec: node_pb2.ModelSpec) -> None:
+        status = node_pb2.ModelStatus(identity=spec.identity, state=PENDING)
+        resident = Resident(spec, status)
+        self._residents[spec.identity] = resident
+        self._set(resident, PENDING)
+
+    async def _carry_out(self) -> None:
+        while True:
+            self._work.clear()
+            surplus = [r for i, r in self._residents.items() if i not in self._planned]
+            if surplus:
+                # First out, then in; together, since each may have to wait for its tasks.
+                await asyncio.gather(*(self._evict(resident) for resident in surplus))
+                continue
+            due = self._next_due()
+            if due is not None and due.retry_at <= self._now():
+                await self._bring_in(due)
+                continue
+            pause = None if due is None else due.retry_at - self._now()
+            try:
+                async with asyncio.timeout(pause):
+                    await self._work.wait()
+            except TimeoutError:
+                continue
+
+    def _next_due(self) -> Resident | None:
+        pending = [
+            self._residents[identity]
+            for identity in self._planned
+            if identity in self._residents and self._residents[identity].status.state == PENDING
+        ]
+        return min(pending, key=lambda resident: resident.retry_at, default=None)
+
+    async def _evict(self, resident: Resident) -> None:
+        """Its leases are given back at their next step, its one-shot tasks end; then it goes."""
+        if resident.model is not None:
+            self._set(resident, EVICTING)
+            self.on_evicting(resident)
+            await resident.idle.wait()
+            await self._device.call(lambda: self._unload(resident))
+            log.info("evicted %s", resident.identity)
+        del self._residents[resident.identity]
+        self._metrics.forget(resident.identity, list(resident.status.stages))
+        if resident.identity in self._planned:  # wanted again meanwhile
+            self._enter(self._planned[resident.identity])
+        self.on_change()
+
+    async def _bring_in(self, resident: Resident) -> None:
+        resident.attempts += 1
+        try:
+            model = await self._load(resident)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self._failed(resident, error)
+            return
+        resident.model = model
+        status = resident.status
+        status.nbytes = model.nbytes
+        for name, fact in model.facts.items():
+            status.facts[name].CopyFrom(tensors.encode_value(fact))
+        status.stages.extend(model.stages)
+        self._metrics.known(resident.identity, model.stages)
+        self._metrics.model_load_seconds.labels(resident.identity).observe(status.load_seconds)
+        self._metrics.model_resident_bytes.labels(resident.identity).set(model.nbytes)
+        self._set(resident, READY)
+        log.info(
+            "loaded %s (%s %s, %d bytes) in %.2f s",
+            resident.identity,
+            resident.spec.family,
+            resident.spec.component,
+            model.nbytes,
+            status.load_seconds,
+        )
+
+    async def _load(self, resident: Resident) -> Model:
+        status, spec = resident.status, resident.spec
+        self._set(resident, DOWNLOADING)
+        family = self._library.family(spec)
+        files = await in_thread(self._library.fetch, spec, resident.progress)
+        status.digest = files.weights.digest
+        self._check_fits(files.weights.nbytes)
+        self._set(resident, LOADING)
+        load_spec = LoadSpec(
+            identity=spec.identity,
+            family=spec.family,
+            component=spec.component,
+            path=files.path,
+            pipeline_path=files.pipeline_path,
+            dtype=spec.dtype or "float32",
+            variant=spec.variant,
+            class_name=spec.class_name,
+            device=self._device_name,
+            options=dict(spec.options),
+        )
+        begin = perf_counter()
+        model = await self._device.call(lambda: family.load(load_spec))
+        status.load_seconds = perf_counter() - begin
+        try:
+            self._check_fits(model.nbytes)
+        except DoesNotFitError:
+            await self._device.call(model.unload)
+            raise
+        return model
+
+    def _check_fits(self, nbytes: int) -> None:
+        if self.memory_limit and self.memory_used + nbytes > self.memory_limit:
+            raise DoesNotFitError(
+                f"it takes {nbytes} bytes, and {self.memory_used} of {self.memory_limit} are in "
+                "use; raise the node's memory limit, or plan fewer models on it"
+            )
+
+    def _failed(self, resident: Resident, error: Exception) -> None:
+        status = resident.status
+        if is_out_of_memory(error):
+            status.reason, status.message = "OutOfMemory", str(error).splitlines()[0]
+        elif isinstance(error, KubeDiffusionError):
+            status.reason, status.message = error.reason, str(error)
+        else:
+            log.error("loading %s failed", resident.identity, exc_info=error)
+            status.reason = "LoadFailed"
+            status.message = f"unexpected {type(error).__name__}: {error}"
+        again = isinstance(error, SourceUnavailable) and resident.attempts < LOAD_ATTEMPTS
+        if again:
+            pause = FIRST_RETRY_SECONDS * 2 ** (resident.attempts - 1)
+            resident.retry_at = self._now() + pause
+            log.warning("%s: %s; again in %g s", resident.identity, status.message, pause)
+        else:
+            log.error("%s: %s: %s", resident.identity, status.reason, status.message)
+        self._metrics.model_failures.labels(resident.identity, status.reason).inc()
+        self._set(resident, PENDING if again else FAILED)
+
+    def _set(self, resident: Resident, state: node_pb2.ModelState) -> None:
+        status = resident.status
+        status.state = state
+        if state in (READY, LOADING):
+            status.reason = status.message = ""
+        word = node_pb2.ModelState.Name(state).removeprefix("MODEL_STATE_").lower()
+        self._metrics.set_model_state(resident.identity, word)
+        self.on_change()
+
+    @staticmethod
+    def _unload(resident: Resident) -> None:
+        resident.loaded.unload()
+        resident.model = None
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()

@@ -1,0 +1,257 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""A node's parts put together, on the event loop that starts it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import grpc.aio
+from google.protobuf import json_format
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from kubediffusion import rpc, tensors
+from kubediffusion.errors import InvalidInput, Unavailable
+from kubediffusion.node.config import NodeConfig, thread_count
+from kubediffusion.node.core import Node
+from kubediffusion.node.device import Device
+from kubediffusion.node.fingerprint import fingerprint
+from kubediffusion.node.inputs import Inputs
+from kubediffusion.node.library import Library
+from kubediffusion.node.residency import Residency
+from kubediffusion.node.service import Service
+from kubediffusion.node.session import PROTOCOL
+from kubediffusion.scheduling.order import Limits
+from kubediffusion.telemetry.metrics import MetricsServer, NodeMetrics, serve_metrics
+from kubediffusion.tensors import Fetcher, TensorStore
+from kubediffusion.v1alpha1 import node_pb2, node_pb2_grpc
+
+SERVICE = node_pb2.DESCRIPTOR.services_by_name["ModelNode"].full_name
+TICK_SECONDS = 1.0
+# Once drained, gateways get so long to end the calls they have open.
+GRACE_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class NodeServer:
+    """A whole node in this process: `start`, then `drain` or `stop`."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        library: Library,
+        *,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.address = ""
+        self.registry = CollectorRegistry()
+        # Why the node has to end: set by a Drain message, or a device that is past help.
+        self.drain_asked = asyncio.Event()
+        self.poisoned = ""
+        self._now = now
+        metrics = NodeMetrics(self.registry)
+        threads = thread_count(config)
+        self.fingerprint = fingerprint(config.device, threads)
+        self.store = TensorStore(
+            config.node_id,
+            budget_bytes=config.tensor_budget,
+            shm_dir=config.shm_dir,
+            now=now,
+        )
+        limits = Limits(max_batch=config.max_batch)
+        self.device = Device(self.store, self.fingerprint, threads=threads, limits=limits, now=now)
+        self.residency = Residency(
+            self.device,
+            library,
+            metrics,
+            device_name=config.device,
+            memory_limit=config.memory_limit,
+            now=now,
+            on_change=self._changed,
+        )
+        self._inputs = Inputs(Fetcher(self.store), library.fetch_lora)
+        self.node = Node(
+            self.describe,
+            store=self.store,
+            device=self.device,
+            inputs=self._inputs,
+            residency=self.residency,
+            metrics=metrics,
+            max_tasks=config.max_tasks,
+            now=now,
+            on_drain=self.drain_asked.set,
+            on_poisoned=self._poison,
+        )
+        self._metrics = metrics
+        self._metrics_server: MetricsServer | None = None
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._background: set[asyncio.Task[None]] = set()
+        self._serving: bool | None = None
+        self._stopped = False
+        self._grpc: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Listens. Raises Unavailable where an address or port is taken."""
+        config = self.config
+        if config.shm_dir is not None:
+            tensors.sweep(config.shm_dir)
+        server = self._grpc = grpc.aio.server(options=rpc.SERVER_OPTIONS)
+        service = Service(self.node, self.residency, self.store, self._metrics, self.describe)
+        node_pb2_grpc.add_ModelNodeServicer_to_server(service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        _check_free(config.address)
+        self.address = rpc.bind(server, config.address)
+        self.store.address = config.advertise or self.address
+        if config.metrics_port is not None:
+            self._metrics_server = serve_metrics(
+                self.registry, config.metrics_host, config.metrics_port
+            )
+        await self._set_health(False)
+        self.device.start(self.node)
+        self.residency.start()
+        if config.residency is not None:
+            plan = read_plan(config.residency)
+            self.residency.plan(plan.generation, plan.planner, plan.models)
+        await server.start()
+        self.node.reporter.now()
+        self._spawn(self._tick())
+        if config.announce_path is not None:
+            announce(config.announce_path, self.store.address, self.metrics_address)
+        log.info("node %s listens on %s", config.node_id, self.address)
+
+    @property
+    def metrics_address(self) -> str:
+        if self._metrics_server is None:
+            return ""
+        return f"{self.config.metrics_host}:{self._metrics_server.port}"
+
+    async def drain(self) -> None:
+        """Gives every task back or ends it; serves tensors until released, or time is up."""
+        deadline = asyncio.get_running_loop().time() + self.config.drain_seconds
+        self.node.draining = True
+        await self._set_health(False)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                await self.node.drain()
+                await self.node.released()
+        log.info("node %s is drained", self.config.node_id)
+
+    async def stop(self, grace: float = GRACE_SECONDS) -> None:
+        """Ends every call, frees everything. Safe to call again."""
+        if self._stopped:
+            return
+        self._stopped = True
+        for task in self._background:
+            task.cancel()
+        self.node.reporter.stop()
+        for session in list(self.node.sessions.values()):
+            self.node.close(session)
+        if self._grpc is not None:
+            await self._grpc.stop(grace)
+        await self.residency.stop()
+        if not await asyncio.to_thread(self.device.close, grace):
+            log.warning("the device is still busy")
+        await self._inputs.close()
+        if self._metrics_server is not None:
+            self._metrics_server.close()
+        self.store.close()
+
+    def describe(self) -> node_pb2.DescribeResponse:
+        return node_pb2.DescribeResponse(
+            node_id=self.config.node_id,
+            incarnation=self.store.incarnation,
+            address=self.store.address,
+            host_id=tensors.host_id(),
+            device=self.config.device,
+            fingerprint=self.fingerprint,
+            memory_limit=self.config.memory_limit,
+            models=self.residency.statuses(),
+            residency_generation=self.residency.generation,
+            load=self.node.reporter.load(),
+            protocol=PROTOCOL,
+            version=version("kubediffusion"),
+        )
+
+    # ------------------------------------------------------------ inside
+
+    def _changed(self) -> None:
+        """The residency changed: gateways and the health service hear of it now."""
+        if self._grpc is None or self._stopped:
+            return
+        self.node.reporter.now()
+        serving = self.residency.settled and not self.node.draining
+        if serving != self._serving:
+            self._serving = serving
+            self._spawn(self._set_health(serving))
+
+    async def _set_health(self, serving: bool) -> None:
+        self._serving = serving
+        kind = health_pb2.HealthCheckResponse
+        status = kind.SERVING if serving else kind.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self.node.tick()
+
+    def _spawn(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[arg-type]
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _poison(self, message: str) -> None:
+        log.critical("the device is past help, the node ends: %s", message)
+        self.poisoned = message or "the device failed"
+        self.drain_asked.set()
+
+
+def _check_free(address: str) -> None:
+    """gRPC replaces a socket file whoever listens on it: a live owner must be seen before."""
+    if not address.startswith("unix:"):
+        return
+    path = address.removeprefix("unix:")
+    path = path.removeprefix("//") if path.startswith("//") else path
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise Unavailable(
+        f"cannot listen on {address}: another process does; stop it or choose another path",
+        field="address",
+        reason="PortInUse",
+    )
+
+
+def announce(path: Path, address: str, metrics: str) -> None:
+    """Whoever sees the file sees all of it."""
+    text = json.dumps({"address": address, "metrics": metrics, "pid": os.getpid()})
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def read_plan(path: Path) -> node_pb2.SetResidencyRequest:
+    """A SetResidencyRequest in protobuf's JSON. Raises InvalidInput."""
+    try:
+        return json_format.Parse(path.read_text(), node_pb2.SetResidencyRequest())
+    except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
+        raise InvalidInput(f"{path}: {error}", field="residency") from error
