@@ -214,9 +214,8 @@ def test_an_unknown_model_is_not_found(client):
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("dall-e-2")
-    with pytest.raises(openai.NotFoundError):
-        with pytest.warns(DeprecationWarning):
-            client.images.create_variation(image=png(1))
+    with pytest.raises(openai.NotFoundError), pytest.warns(DeprecationWarning, match="deprecated"):
+        client.images.create_variation(image=png(1))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +336,7 @@ class Waiting:
 
 
 async def test_the_async_client_draws_many_at_once(served):
-    url, gateway = served
+    url, _ = served
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
         answers = await asyncio.gather(
             *(client.images.generate(prompt="x", extra_body={"seed": s}) for s in range(8))
