@@ -11,6 +11,7 @@ for every later run in it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -18,12 +19,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from kubediffusion import node
 from kubediffusion.errors import Unavailable
 from kubediffusion.local.folders import remove_run
 from kubediffusion.node import NodeConfig
@@ -47,11 +47,17 @@ class NodeProcess:
 
     def __init__(self, process: Any) -> None:
         self._process = process
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        self._loop.add_reader(process.sentinel, self._end)
 
     @classmethod
-    async def start(cls, config: NodeConfig, log: Path, run: Path) -> NodeProcess:
-        """Its output goes to `log`. It removes the folder `run` if this process here just dies."""
-        process = _context.Process(target=_node, args=(config, log, run), daemon=True)
+    async def start(
+        cls, config: NodeConfig, log: Path, run: Path, serve: Callable[[NodeConfig], None]
+    ) -> NodeProcess:
+        """It calls `serve`; its output goes to `log`. If this process here just dies, it removes
+        the folder `run`."""
+        process = _context.Process(target=_node, args=(config, log, run, serve), daemon=True)
         try:
             # Waits for the server's imports, the first time.
             await asyncio.to_thread(_start, process)
@@ -69,28 +75,17 @@ class NodeProcess:
 
     async def wait(self) -> int:
         """Its exit code, or minus the signal that ended it."""
-        loop = asyncio.get_running_loop()
-        ended = loop.create_future()
+        return await asyncio.shield(self._ended)
 
-        def end() -> None:
-            loop.remove_reader(self._process.sentinel)
-            if not ended.done():
-                ended.set_result(None)
-
-        loop.add_reader(self._process.sentinel, end)
-        try:
-            await ended
-        finally:
-            loop.remove_reader(self._process.sentinel)
+    def _end(self) -> None:
+        self._loop.remove_reader(self._process.sentinel)
         self._process.join()
-        return self._process.exitcode
+        self._ended.set_result(self._process.exitcode)
 
     def signal(self, number: signal.Signals) -> None:
-        if self._process.exitcode is None:
-            try:
+        if not self._ended.done():
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
-            except ProcessLookupError:
-                return
 
 
 def _start(process: Any) -> None:
@@ -101,13 +96,13 @@ def _start(process: Any) -> None:
 # ---------------------------------------------------------------- inside the node's process
 
 
-def _node(config: NodeConfig, log: Path, run: Path) -> None:
+def _node(config: NodeConfig, log: Path, run: Path, serve: Callable[[NodeConfig], None]) -> None:
     os.setpgid(0, 0)
     # What the server imported is garbage never: not looked at, so not copied either.
     gc.freeze()
     _log_to(log)
     threading.Thread(target=_leave_with_parents, args=(run,), daemon=True).start()
-    node.run(config)
+    serve(config)
 
 
 def _log_to(path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -122,7 +123,7 @@ class LocalRuntime:
         )
         self._stack.push_async_callback(self._supervisor.stop, self._drain_seconds)
         self._supervisor.start()
-        self._gateway = await asyncio.to_thread(_gateway, self._gateway_config)
+        self._gateway = await asyncio.to_thread(_gateway, self._gateway_config, self._folder.shm)
         await self._gateway.start()
         self._stack.push_async_callback(self._gateway.stop, self._drain_seconds)
         self._gateway.set_workflows(self.workflows)
@@ -136,10 +137,11 @@ def _resolve(files: Sequence[Path]) -> list[ResolvedWorkflow]:
     return resolve_files(files)
 
 
-def _gateway(config: GatewayConfig | None) -> Gateway:
+def _gateway(config: GatewayConfig | None, shm_dir: Path) -> Gateway:
+    from kubediffusion.gateway.config import GatewayConfig
     from kubediffusion.gateway.core import Gateway
 
-    return Gateway(config)
+    return Gateway(replace(config or GatewayConfig(), shm_dir=shm_dir))
 
 
 def _started(part: T | None) -> T:

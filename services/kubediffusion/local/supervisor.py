@@ -23,7 +23,7 @@ from typing import Any
 
 import grpc
 
-from kubediffusion import rpc
+from kubediffusion import node, rpc
 from kubediffusion.errors import KubeDiffusionError, Unavailable, UnsupportedModel
 from kubediffusion.local.folders import RunFolder
 from kubediffusion.local.plan import NodePlan
@@ -78,9 +78,11 @@ class Supervisor:
         policy: RestartPolicy | None = None,
         metrics: SupervisorMetrics | None = None,
         on_change: Callable[[NodeReport], None] | None = None,
+        serve: Callable[[NodeConfig], None] = node.run,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = folder
+        self.serve = serve
         self.policy = policy or RestartPolicy()
         self.metrics = metrics
         self.now = now
@@ -156,6 +158,7 @@ class _Keeper:
         self._models: tuple[node_pb2.ModelStatus, ...] = ()
         self._metrics_port = 0
         self._restarts = 0
+        self._stopping = False
         self._ready_since: float | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -174,19 +177,16 @@ class _Keeper:
         )
 
     async def stop(self, drain_seconds: float) -> None:
-        process = self._process
-        if process is not None and drain_seconds > 0 and self._task is not None:
-            # The keeper must not see this end as a death.
-            self._task.cancel()
-            self._set(NodePhase.STOPPED)
-            process.signal(signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(drain_seconds):
-                    await process.wait()
-        if self._task is not None:
-            self._task.cancel()
+        task = self._task
+        if task is not None:
+            self._stopping = True
+            if self._process is not None and drain_seconds > 0:
+                self._process.signal(signal.SIGTERM)
+                await asyncio.wait([task], timeout=drain_seconds)
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+                await task
+        self._set(NodePhase.STOPPED)
         self.first_ready.cancel()
 
     async def _keep(self) -> None:
@@ -196,6 +196,8 @@ class _Keeper:
                 exit_code = await self._live()
             except KubeDiffusionError as error:
                 self._fail(error)
+                return
+            if self._stopping:
                 return
             young_deaths = 0 if self._lived_well() else young_deaths + 1
             self._restarts += 1
@@ -230,8 +232,14 @@ class _Keeper:
             await _reap(process)
 
     async def _start_process(self) -> NodeProcess:
-        config, log_path = self._supervisor.config(self.plan), self._folder.log(self.plan.name)
-        starting = asyncio.ensure_future(NodeProcess.start(config, log_path, self._folder.path))
+        starting = asyncio.ensure_future(
+            NodeProcess.start(
+                self._supervisor.config(self.plan),
+                self._folder.log(self.plan.name),
+                self._folder.path,
+                self._supervisor.serve,
+            )
+        )
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
