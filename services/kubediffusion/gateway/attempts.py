@@ -49,6 +49,7 @@ class TaskRun:
     failures: int = 0
     failed_on: frozenset[str] = frozenset()
     checkpoint: node_pb2.Checkpoint | None = None
+    step: int = 0  # of denoising, as last heard
     attempt: Attempt | None = None
     outputs: Mapping[str, tensor_pb2.Value] = field(default_factory=dict[str, tensor_pb2.Value])
     # The process that keeps outputs which are not inline.

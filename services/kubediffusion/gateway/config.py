@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kubediffusion.scheduling.admission import AdmissionLimits
 
@@ -67,8 +68,6 @@ class GatewayConfig:
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     results: KeptResults = field(default_factory=KeptResults)
     jobs: JobLimits = field(default_factory=JobLimits)
-    # How long a request is held while one of its models has no node that can run it.
-    activation_timeout: float = 300.0
     max_images: int = 16
     # Steps between two checkpoints: no more than these run twice when a node dies.
     checkpoint_every: int = 5
@@ -77,3 +76,5 @@ class GatewayConfig:
     # "module:object" of each hook, in the order they are applied.
     hooks: tuple[str, ...] = ()
     worker_threads: int = 2
+    # Where the nodes of this machine put tensors, if they share one with the gateway.
+    shm_dir: Path | None = None

@@ -84,7 +84,7 @@ class NodeConnection:
         )
         self._up = False
         self._last_heard = 0.0
-        self._load = node_pb2.LoadReport()
+        self.load = node_pb2.LoadReport()
         self._ready: frozenset[str] = frozenset()
         self._loading: dict[str, float] = {}
         self._draining = False
@@ -129,7 +129,7 @@ class NodeConnection:
         return self._outbox.pending_releases
 
     def _build_state(self) -> NodeState:
-        node, load = self.description, self._load
+        node, load = self.description, self.load
         assert node is not None
         return NodeState(
             address=self.address,
@@ -333,7 +333,7 @@ class NodeConnection:
             assignment.lost("the gateway could not handle an event; see its log")
 
     def _loaded(self, load: node_pb2.LoadReport) -> None:
-        before = (self._ready, self._draining, self._load.residency_generation)
+        before = (self._ready, self._draining, self.load.residency_generation)
         self._set_load(load)
         if before != (self._ready, self._draining, load.residency_generation):
             self._describe_soon()
@@ -342,7 +342,7 @@ class NodeConnection:
             self._describe_soon()
 
     def _set_load(self, load: node_pb2.LoadReport) -> None:
-        self._load = load
+        self.load = load
         self._draining = load.draining
         ready = frozenset(load.resident)
         if ready != self._ready:

@@ -33,7 +33,7 @@ class RunListener(Protocol):
 
     def previewed(self, run: ImageRun, step: int, image: tensor_pb2.TensorRef) -> None: ...
 
-    def resumed(self, run: ImageRun, stage: str, from_step: int, reason: str) -> None: ...
+    def resumed(self, run: ImageRun, task: TaskRun, reason: str) -> None: ...
 
     def held(self, run: ImageRun, models: Sequence[str]) -> None: ...
 
@@ -63,6 +63,24 @@ class ImageRun:
     @property
     def attempts_open(self) -> int:
         return sum(task.attempt is not None for task in self.tasks.values())
+
+    def task_states(self) -> list[tuple[str, str, str]]:
+        """(model, stage, state) of each task that is not done: held, queued or running."""
+        if self.closed:
+            return []
+        states = {
+            TaskStatus.HELD: "held",
+            TaskStatus.ASSIGNED: "running",
+            TaskStatus.BACKOFF: "queued",
+        }
+        missing = set(self._fleet.missing([task.planned.model for task in self.tasks.values()]))
+        return [
+            (task.planned.model, task.planned.stage, states.get(task.status, "held"))
+            for task in self.tasks.values()
+            # A request waits for each model without a node, also for those it will need later.
+            if task.status in states
+            or (task.status is TaskStatus.WAITING and task.planned.model in missing)
+        ]
 
     @property
     def is_held(self) -> bool:
@@ -148,24 +166,18 @@ class ImageRun:
             if self.tasks[source].kept_by is not None:
                 for ref in tensors_of(self.tasks[source].outputs[port]):
                     inputs[ref.address] = inputs.get(ref.address, 0) + ref.nbytes
-        if checkpoint is None:
-            return PlacementTask(
-                planned.model,
-                planned.stage,
-                planned.units,
-                tuple(model for _, model in planned.helpers),
-                inputs,
-                task.failed_on,
-            )
-        left = 1.0 - checkpoint.step / max(checkpoint.total_steps, 1)
+        resume, left = "", 1.0
+        if checkpoint is not None:
+            resume = checkpoint.fingerprint
+            left -= checkpoint.step / max(checkpoint.total_steps, 1)
         return PlacementTask(
             planned.model,
             planned.stage,
             planned.units,
-            tuple(model for _, model in planned.helpers),
+            planned.models[1:],
             inputs,
             task.failed_on,
-            checkpoint.fingerprint,
+            resume,
             left,
         )
 
@@ -199,10 +211,8 @@ class ImageRun:
                 lease.preview_every = -(-planned.steps // (self.plan.previews + 1))
             if task.checkpoint is not None and placement.resumes:
                 lease.resume.CopyFrom(task.checkpoint)
-            for (name, model), address in zip(planned.helpers, placement.helpers, strict=True):
-                lease.helpers.add(
-                    kind=node_pb2.Helper.KIND_CONTROLNET, model=model, name=name, address=address
-                )
+            for name, model in planned.helpers:  # on the lease's own node: no address
+                lease.helpers.add(kind=node_pb2.Helper.KIND_CONTROLNET, model=model, name=name)
         return message
 
     # ------------------------------------------------------------ waiting for a node
@@ -214,7 +224,7 @@ class ImageRun:
         self._waits = True
         self._fleet.wait(self._retry_held)
         self._after("hold", self.plan.activation_timeout, self._held_too_long)
-        self._listener.held(self, self._fleet.missing([task.planned.model]))
+        self._listener.held(self, self._fleet.missing(task.planned.models))
 
     def _retry_held(self) -> None:
         for task in self.tasks.values():
@@ -231,14 +241,14 @@ class ImageRun:
                 timer.cancel()
 
     def _held_too_long(self) -> None:
-        held = [task for task in self.tasks.values() if task.status is TaskStatus.HELD]
-        model = held[0].planned.model
-        why = self._fleet.why_missing(model)
+        task = next(t for t in self.tasks.values() if t.status is TaskStatus.HELD).planned
+        missing = self._fleet.missing(task.models) or task.models
+        whys = [why for model in missing if (why := self._fleet.why_missing(model))]
         self._fail(
             Unavailable(
-                f"no model node took stage '{held[0].planned.stage}' of model {model} within "
-                f"{self.plan.activation_timeout:g} s"
-                + (f" ({why})" if why else "")
+                f"no model node took stage '{task.stage}', which needs {' and '.join(missing)}, "
+                f"within {self.plan.activation_timeout:g} s"
+                + (f" ({'; '.join(whys)})" if whys else "")
                 + "; check `kubediffusion status`, or send the request again later",
                 reason="NoReplica",
             )
@@ -253,6 +263,7 @@ class ImageRun:
 
     def _progress(self, attempt: Attempt, body: node_pb2.Progress) -> None:
         self._accepted(attempt, node_pb2.Accepted())
+        attempt.task.step = body.step
         self._listener.stepped(self, body.step, body.total_steps)
 
     def _preview(self, attempt: Attempt, body: node_pb2.Preview) -> None:
@@ -263,7 +274,8 @@ class ImageRun:
 
     def _keep_checkpoint(self, task: TaskRun, checkpoint: node_pb2.Checkpoint) -> None:
         """One whose tensors lie on the node would be lost with it: those are of no use."""
-        if all(tensor.HasField("inline") for tensor in checkpoint.tensors.values()):
+        kept = all(tensor.HasField("inline") for tensor in checkpoint.tensors.values())
+        if checkpoint.step and kept:
             task.checkpoint = checkpoint
 
     def _done(self, attempt: Attempt, body: node_pb2.Done) -> None:
@@ -320,12 +332,12 @@ class ImageRun:
         self.task_lost(attempt, "Declined", f"{name}: {body.message}")
 
     def _yielded(self, attempt: Attempt, body: node_pb2.Yielded) -> None:
-        """A draining node gave the lease back: that is no failure of anybody."""
+        """A node that drains, or evicts the model, gave the lease back: nobody's failure."""
         task = attempt.task
         self._keep_checkpoint(task, body.checkpoint)
         self._leave(attempt)
-        attempt.node.declined(task.planned.model, node_pb2.DECLINE_REASON_DRAINING)
-        self._resumed(task, "Yielded")
+        attempt.node.declined(task.planned.model, node_pb2.DECLINE_REASON_NOT_RESIDENT)
+        self._listener.resumed(self, task, "Yielded")
         self._dispatch(task)
 
     def _failed(self, attempt: Attempt, body: node_pb2.Failed) -> None:
@@ -377,7 +389,7 @@ class ImageRun:
         if task.failures >= limit:
             self._fail(self._given_up(task, reason, message))
             return
-        self._resumed(task, reason)
+        self._listener.resumed(self, task, reason)
         if task.failures == 1:
             self._dispatch(task)
             return
@@ -395,7 +407,7 @@ class ImageRun:
         if producer.failures >= self._config.retries.attempts:
             self._fail(self._given_up(producer, reason, message or "its outputs were lost"))
             return
-        self._resumed(producer, reason)
+        self._listener.resumed(self, producer, reason)
 
     def _given_up(self, task: TaskRun, reason: str, message: str) -> KubeDiffusionError:
         text = (
@@ -403,10 +415,6 @@ class ImageRun:
             f"{task.failures} times, the last time: {message or reason}"
         )
         return Internal(text) if reason in _OWN_FAULT else Unavailable(text, reason="TaskLost")
-
-    def _resumed(self, task: TaskRun, reason: str) -> None:
-        step = task.checkpoint.step if task.checkpoint is not None else 0
-        self._listener.resumed(self, task.planned.stage, step, reason)
 
     def _leave(self, attempt: Attempt) -> None:
         attempt.node.forget(attempt)

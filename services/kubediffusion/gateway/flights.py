@@ -9,14 +9,20 @@ finished one left behind. The flight ends when its images are there, one failed,
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any
 
-from kubediffusion.errors import KubeDiffusionError
+from kubediffusion.errors import Internal, KubeDiffusionError
+from kubediffusion.gateway.attempts import TaskRun
 from kubediffusion.gateway.coordinator import ImageRun
 from kubediffusion.gateway.delivery import Delivery
 from kubediffusion.gateway.hooks import ImageContext
+from kubediffusion.gateway.measures import Measures
 from kubediffusion.v1alpha1 import gateway_pb2, tensor_pb2
+
+log = logging.getLogger(__name__)
 
 # A client that reads slowly misses steps and previews, and never an image.
 MAX_BACKLOG = 128
@@ -62,9 +68,9 @@ class Flight:
         request_id: str,
         request: gateway_pb2.GenerateRequest,
         delivery: Delivery,
+        measures: Measures,
         *,
         keep: bool,
-        since: float,
         now: Callable[[], float],
         on_end: Callable[[Flight], None],
     ) -> None:
@@ -75,9 +81,13 @@ class Flight:
         self.ended = False
         self.runs: list[ImageRun] = []
         self.nbytes = 0
+        self.since = now()
+        # Images of it that count against the queue's bound.
+        self.admitted = 0
         self._delivery = delivery
+        self._measures = measures
+        self._previews = 0
         self._keep = keep
-        self._since = since
         self._now = now
         self._on_end = on_end
         self._subscribers: set[Subscriber] = set()
@@ -108,14 +118,16 @@ class Flight:
     def begin(self, runs: Sequence[ImageRun], cold: bool, ahead: int) -> None:
         self.runs = list(runs)
         self._images_left = len(self.runs)
-        self._emit(0, queued=gateway_pb2.Queued(cold=cold, ahead=ahead))
+        self.queued(cold=cold, ahead=ahead)
         for run in self.runs:
             if not self.ended:
                 run.start()
 
     def end_at(self, seconds: float, error: KubeDiffusionError) -> None:
         """Fails with `error` unless it is over by then."""
-        self._deadline = asyncio.get_running_loop().call_later(seconds, self.end, error)
+        if self._deadline is None:
+            loop = asyncio.get_running_loop()
+            self._deadline = loop.call_later(seconds, self.end, error)
 
     def end(self, error: KubeDiffusionError | None) -> None:
         """Frees all that the request holds, here and on the nodes. Safe to call again."""
@@ -130,6 +142,7 @@ class Flight:
         for task in self._work:
             if task is not current:
                 task.cancel()
+        self._measures.ended(self, self._now() - self.since)
         self._on_end(self)
         for subscriber in self._subscribers:
             subscriber.wake()
@@ -138,11 +151,24 @@ class Flight:
     def succeeded(self) -> bool:
         return self.ended and self.error is None and self._images_left == 0
 
+    def whereabouts(self) -> list[str]:
+        """Of each image: held (no node can take it), running, or queued."""
+        if not self.runs:
+            return ["held"] * self.admitted
+        return [
+            "held" if run.is_held else "running" if run.is_running else "queued"
+            for run in self.runs
+            if not run.closed
+        ]
+
     @property
     def background_tasks(self) -> int:
         return len(self._work)
 
     # ------------------------------------------------------------ what runs tell
+
+    def queued(self, *, cold: bool, ahead: int) -> None:
+        self._emit(0, queued=gateway_pb2.Queued(cold=cold, ahead=ahead))
 
     def started(self, run: ImageRun, stage: str, node: str) -> None:
         self._emit(run.plan.index, started=gateway_pb2.Started(stage=stage, node=node))
@@ -151,8 +177,10 @@ class Flight:
         stepped = gateway_pb2.Stepped(step=step, total_steps=total_steps)
         self._emit(run.plan.index, dispensable=True, stepped=stepped)
 
-    def resumed(self, run: ImageRun, stage: str, from_step: int, reason: str) -> None:
-        resumed = gateway_pb2.Resumed(stage=stage, from_step=from_step, reason=reason)
+    def resumed(self, run: ImageRun, task: TaskRun, reason: str) -> None:
+        self._measures.retried(task, reason)
+        step = task.checkpoint.step if task.checkpoint is not None else 0
+        resumed = gateway_pb2.Resumed(stage=task.planned.stage, from_step=step, reason=reason)
         self._emit(run.plan.index, resumed=resumed)
 
     def held(self, run: ImageRun, models: Sequence[str]) -> None:
@@ -166,7 +194,7 @@ class Flight:
         index = run.plan.index
         if index not in self._previewing:  # one at a time; a late one is no use
             self._previewing.add(index)
-            self._spawn(self._preview(run, step, image))
+            self.spawn(self._preview(run, step, image))
 
     def completed(self, run: ImageRun, image: tensor_pb2.Value) -> None:
         if not self._delivery.must_wait(image):
@@ -174,7 +202,7 @@ class Flight:
             picture.seed = run.plan.seed
             self._deliver(run, picture)
         else:
-            self._spawn(self._complete(run, image))
+            self.spawn(self._complete(run, image))
 
     # ------------------------------------------------------------ pictures
 
@@ -184,6 +212,9 @@ class Flight:
             if picture is not None and not self.ended:
                 picture.seed, picture.step = run.plan.seed, step
                 self._emit(run.plan.index, dispensable=True, preview=picture)
+                first, self._previews = not self._previews, self._previews + 1
+                seconds = self._now() - self.since
+                self._measures.previewed(self.request.workflow, seconds, first=first)
         finally:
             self._previewing.discard(run.plan.index)
 
@@ -210,22 +241,26 @@ class Flight:
         self._images_left -= 1
         if self._images_left:
             return
-        finished = gateway_pb2.Finished(seconds=self._now() - self._since)
+        finished = gateway_pb2.Finished(seconds=self._now() - self.since)
         for done in self.runs:
             finished.stages.extend(done.times())
         self._emit(0, finished=finished)
         self.end(None)
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.ensure_future(self._guarded(work))
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Work that ends with the flight; an error of it ends the flight."""
+        task = asyncio.create_task(self._guarded(work))
         self._work.add(task)
         task.add_done_callback(self._work.discard)
 
-    async def _guarded(self, work: object) -> None:
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         try:
-            await work  # type: ignore[misc]
+            await work
         except KubeDiffusionError as error:
             self.end(error)
+        except Exception as error:
+            log.exception("request %s", self.request_id)
+            self.end(Internal(f"unexpected {type(error).__name__}; see the gateway's log"))
 
     def _emit(self, index: int, *, dispensable: bool = False, **kind: object) -> None:
         event = gateway_pb2.GenerateEvent(request_id=self.request_id, index=index, **kind)  # type: ignore[arg-type]

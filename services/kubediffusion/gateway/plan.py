@@ -27,6 +27,11 @@ class PlannedTask:
     steps: int = 0
     helpers: tuple[tuple[str, str], ...] = ()  # name and model of each ControlNet
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All that have to be on the node that runs it, its own first."""
+        return (self.model, *(model for _, model in self.helpers))
+
 
 @dataclass(frozen=True, slots=True)
 class ImagePlan:

@@ -9,7 +9,7 @@ and then to the lower address, so a replay places alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kubediffusion.scheduling.fleet import NodeState
@@ -21,8 +21,9 @@ class PlacementTask:
     """What placement must know of a task.
 
     ``inputs`` counts the bytes that would have to be pulled, by the address of the node that holds
-    them. A task with a checkpoint goes on at ``resume_fraction`` of its work on a node whose
-    fingerprint equals ``resume_fingerprint``, and starts over on any other.
+    them; ``helpers`` are models that have to be ready on the same node. A task with a checkpoint
+    goes on at ``resume_fraction`` of its work on a node whose fingerprint equals
+    ``resume_fingerprint``, and starts over on any other.
     """
 
     model: str
@@ -37,17 +38,13 @@ class PlacementTask:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The best node. Not ``ready``: it is still loading, and waiting for it is the best there is.
-
-    ``helpers`` gives the address for each of the task's helper models; empty means the node's own.
-    """
+    """The best node. Not ``ready``: it still loads, and waiting for it is the best there is."""
 
     address: str
     seconds: float
     run_seconds: float
     ready: bool = True
     resumes: bool = False
-    helpers: tuple[str, ...] = ()
 
 
 def place(
@@ -58,35 +55,31 @@ def place(
     Nodes that drain or whose queue is full are never chosen; those that are suspect or already
     lost this task only when there is no other.
     """
-    able = [node for node in nodes if node.takes_work(now) and _knows(node, task.model)]
-    if not able:
-        return None
+    able = [node for node in nodes if node.takes_work(now) and _able(task, node)]
     sound = [node for node in able if not node.suspect and node.address not in task.failed_on]
     hosts = {node.address: node.host_id for node in nodes} if task.inputs else {}
-    for candidates in (sound, able):
-        best: tuple[tuple[float, int, str], NodeState, tuple[str, ...]] | None = None
-        for node in candidates:
-            helpers = _helper_addresses(task, node, nodes, now) if task.helpers else ()
-            if helpers is None:
-                continue
-            rank = (_cost(task, node, hosts, profiles, now), node.last_placed, node.address)
-            if best is None or rank < best[0]:
-                best = (rank, node, helpers)
-        if best is not None:
-            (seconds, _, _), node, helpers = best
-            return Placement(
-                address=node.address,
-                seconds=seconds,
-                run_seconds=_run(task, node, profiles),
-                ready=task.model in node.ready,
-                resumes=_resumes(task, node),
-                helpers=helpers,
-            )
-    return None
+    best: tuple[tuple[float, int, str], NodeState] | None = None
+    for node in sound or able:
+        rank = (_cost(task, node, hosts, profiles, now), node.last_placed, node.address)
+        if best is None or rank < best[0]:
+            best = (rank, node)
+    if best is None:
+        return None
+    (seconds, _, _), node = best
+    return Placement(
+        address=node.address,
+        seconds=seconds,
+        run_seconds=_run(task, node, profiles),
+        ready=task.model in node.ready and all(helper in node.ready for helper in task.helpers),
+        resumes=_resumes(task, node),
+    )
 
 
-def _knows(node: NodeState, model: str) -> bool:
-    return model in node.ready or model in node.loading
+def _able(task: PlacementTask, node: NodeState) -> bool:
+    """Has all models, or will have them."""
+    return all(
+        model in node.ready or model in node.loading for model in (task.model, *task.helpers)
+    )
 
 
 def _resumes(task: PlacementTask, node: NodeState) -> bool:
@@ -110,31 +103,17 @@ def _cost(
         if address != node.address:
             same_host = bool(node.host_id) and hosts.get(address) == node.host_id
             transfer += profiles.transfer_seconds(same_host, nbytes)
-    load = 0.0
-    if task.model not in node.ready:
-        elapsed = max(0.0, now - node.loading[task.model])
-        # A load that takes longer than it should is not about to end: it may take as long again.
-        expected = profiles.load_seconds(task.model)
-        load = expected - elapsed if elapsed < expected else elapsed
+    # Models load one after the other.
+    load = sum(
+        _load(model, node, profiles, now)
+        for model in (task.model, *task.helpers)
+        if model not in node.ready
+    )
     return node.queue_seconds + transfer + load + _run(task, node, profiles)
 
 
-def _helper_addresses(
-    task: PlacementTask, node: NodeState, nodes: Iterable[NodeState], now: float
-) -> tuple[str, ...] | None:
-    """Its own node for each helper that is resident there, else the least busy one that has it."""
-    addresses: list[str] = []
-    for helper in task.helpers:
-        if helper in node.ready:
-            addresses.append("")
-            continue
-        others = [
-            other
-            for other in nodes
-            if helper in other.ready and other.takes_work(now) and not other.suspect
-        ]
-        if not others:
-            return None
-        chosen = min(others, key=lambda other: (other.queue_seconds, other.address))
-        addresses.append(chosen.address)
-    return tuple(addresses)
+def _load(model: str, node: NodeState, profiles: Profiles, now: float) -> float:
+    elapsed = max(0.0, now - node.loading[model])
+    expected = profiles.load_seconds(model)
+    # A load that takes longer than it should is not about to end: it may take as long again.
+    return expected - elapsed if elapsed < expected else elapsed

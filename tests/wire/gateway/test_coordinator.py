@@ -94,8 +94,9 @@ class Outcome:
     def previewed(self, run, step, image):
         self.events.append(("preview", step))
 
-    def resumed(self, run, stage, from_step, reason):
-        self.events.append(("resumed", stage, from_step, reason))
+    def resumed(self, run, task, reason):
+        step = task.checkpoint.step if task.checkpoint is not None else 0
+        self.events.append(("resumed", task.planned.stage, step, reason))
 
     def held(self, run, models):
         self.events.append(("held", *models))

@@ -1,0 +1,312 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The gateway itself, without any server: requests in, events out.
+
+    flight = a client's request    (flights.py)      its images, its listeners
+      run  = one image of it       (coordinator.py)  its tasks over the nodes
+        attempt = a task on a node (attempts.py)
+
+Everything runs on one event loop. Decoding uploads, hooks and PNG run in worker threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from kubediffusion import workflow as wf
+from kubediffusion.errors import DeadlineExceeded, NotFound, Overloaded, Unavailable
+from kubediffusion.gateway import planning
+from kubediffusion.gateway.admission import admit, promised_seconds, solo_seconds
+from kubediffusion.gateway.config import GatewayConfig
+from kubediffusion.gateway.coordinator import ImageRun
+from kubediffusion.gateway.delivery import Delivery
+from kubediffusion.gateway.flights import Flight
+from kubediffusion.gateway.hooks import load_hooks
+from kubediffusion.gateway.jobs import Jobs
+from kubediffusion.gateway.measures import Measures
+from kubediffusion.gateway.nodes import Facts, Fleet
+from kubediffusion.gateway.plan import PlannedTask
+from kubediffusion.gateway.results import Results
+from kubediffusion.gateway.status import describe_gateway, describe_workflow
+from kubediffusion.scheduling.profiles import Profiles
+from kubediffusion.tensors import Fetcher
+from kubediffusion.v1alpha1 import gateway_pb2
+
+
+class Gateway:
+    """See the module. Use `start`, then anything, then `stop`, all on one event loop."""
+
+    def __init__(
+        self, config: GatewayConfig | None = None, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config or GatewayConfig()
+        self.profiles = Profiles()
+        self.fleet = Fleet(self.config.gateway_id, self.config.nodes, now, self.profiles)
+        self.workflows: dict[str, wf.ResolvedWorkflow] = {}
+        self.flights: set[Flight] = set()
+        self.jobs = Jobs(self, self.config.job_database, self.config.jobs)
+        self.measures = Measures(self)
+        self._now = now
+        self._since = now()
+        self._hooks = load_hooks(self.config.hooks)
+        self._workers = ThreadPoolExecutor(self.config.worker_threads, "gateway-worker")
+        self._delivery = Delivery(Fetcher(shm_dir=self.config.shm_dir), self._hooks, self._workers)
+        self._results = Results(self.config.results, now)
+        self._in_flight = 0
+        self._stopping = False
+        self._idle: asyncio.Future[None] | None = None
+
+    # ------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        await self.jobs.start()
+        self.measures.start()
+
+    async def stop(self, drain_seconds: float = 0.0) -> None:
+        """Takes nothing new, gives what is under way so long to end, then ends it."""
+        self._stopping = True
+        if self.flights and drain_seconds > 0:
+            await self._drained(drain_seconds)
+        await self.jobs.stop()
+        for flight in list(self.flights):
+            flight.end(Unavailable("the gateway is shutting down; send the request again"))
+        await self.fleet.stop()
+        await self._delivery.close()
+        self.measures.stop()
+        self._workers.shutdown(wait=True, cancel_futures=True)
+
+    async def _drained(self, seconds: float) -> None:
+        self._idle = asyncio.get_running_loop().create_future()
+        await asyncio.wait([self._idle], timeout=seconds)
+
+    def set_workflows(self, workflows: Mapping[str, wf.ResolvedWorkflow]) -> None:
+        """The workflows to serve from now on; requests under way end with what they began with."""
+        self.workflows = dict(workflows)
+        models = {ref.identity for each in workflows.values() for ref in each.models.values()}
+        self.fleet.forget_models(frozenset(models))
+
+    def set_nodes(self, addresses: Sequence[str]) -> None:
+        self.fleet.set_nodes(addresses)
+
+    # ------------------------------------------------------------ requests
+
+    async def generate(
+        self, request: gateway_pb2.GenerateRequest
+    ) -> AsyncGenerator[gateway_pb2.GenerateEvent, None]:
+        """What happens to the request, up to Finished. Closing the iterator cancels it.
+
+        Raises InvalidInput, NotFound, Conflict, Overloaded, DeadlineExceeded, Unavailable,
+        Internal.
+        """
+        flight = self._join_or_begin(request)
+        subscriber = flight.subscribe()
+        try:
+            async for event in subscriber.events():
+                yield event
+        finally:
+            flight.leave(subscriber)
+
+    async def check(self, request: gateway_pb2.GenerateRequest) -> None:
+        """Raises what `generate` would raise of a request that is wrong in itself."""
+        order = await self._order(request)
+        with contextlib.suppress(Unavailable):  # a default that waits for its model
+            order.bind(self._facts(order))
+
+    def _join_or_begin(self, request: gateway_pb2.GenerateRequest) -> Flight:
+        if self._stopping:
+            raise Unavailable("the gateway is shutting down; send the request to another one")
+        keyed = bool(request.idempotency_key)
+        if keyed and (joined := self._results.find(request)) is not None:
+            return joined
+        flight = Flight(
+            uuid.uuid4().hex,
+            request,
+            self._delivery,
+            self.measures,
+            keep=keyed,
+            now=self._now,
+            on_end=self._ended,
+        )
+        self.flights.add(flight)
+        if keyed:
+            self._results.add(request, flight)
+        flight.spawn(self._launch(flight))
+        return flight
+
+    async def _launch(self, flight: Flight) -> None:
+        """From a request to tasks on their way; errors end the flight."""
+        request = flight.request
+        order = await self._order(request)
+        slo = order.workflow.slo
+        facts = self._facts(order)
+        if self._unseen(order):
+            # What is wrong in itself is said now, and not when the models are there.
+            with contextlib.suppress(Unavailable):
+                order.bind(facts)
+            self._admit(flight, order, [], None, cold=True)
+            facts = await self._facts_in_time(flight, order)
+        bound = order.bind(facts)
+        plans = planning.plan_images(order, bound, facts, flight.request_id)
+        tasks = plans[0].tasks
+        solo = solo_seconds(tasks, self.profiles)
+        promised = promised_seconds(slo, solo)
+        if request.HasField("deadline_ms"):
+            promised = request.deadline_ms / 1000
+        cold = bool(self.fleet.missing([task.model for task in tasks]))
+        ahead = self._in_flight
+        self._admit(flight, order, tasks, promised, cold=cold, solo=solo)
+        deadline = None if promised is None else flight.since + promised
+        runs = [
+            ImageRun(
+                replace(
+                    plan,
+                    previews=request.previews,
+                    deadline=deadline,
+                    activation_timeout=slo.activation_timeout_seconds,
+                ),
+                self.fleet,
+                self.config,
+                flight,
+            )
+            for plan in plans
+        ]
+        flight.begin(runs, cold, ahead)
+
+    def _admit(
+        self,
+        flight: Flight,
+        order: planning.Order,
+        tasks: Sequence[PlannedTask],
+        promised: float | None,
+        *,
+        cold: bool,
+        solo: float | None = None,
+    ) -> None:
+        """Takes the request in, or raises Overloaded; its deadline runs from its arrival."""
+        left = None if promised is None else flight.since + promised - self._now()
+        try:
+            admit(
+                tasks,
+                self.fleet,
+                solo=solo,
+                remaining=left,
+                in_flight=self._in_flight - flight.admitted,
+                images=order.images,
+                cold=cold,
+                limits=self.config.admission,
+            )
+        except Overloaded as error:
+            self.measures.shed(order.workflow.name, error, [*tasks] * order.images)
+            raise
+        if not flight.admitted:
+            flight.admitted = order.images
+            self._in_flight += order.images
+        if flight.request.HasField("deadline_ms"):
+            milliseconds = flight.request.deadline_ms
+            left = flight.since + milliseconds / 1000 - self._now()
+            flight.end_at(
+                left,
+                DeadlineExceeded(
+                    f"not done within {milliseconds} ms; send a longer deadline_ms, or fewer steps",
+                    field="deadline_ms",
+                ),
+            )
+
+    def _ended(self, flight: Flight) -> None:
+        self.flights.discard(flight)
+        self._in_flight -= flight.admitted
+        if flight.request.idempotency_key:
+            self._results.ended(flight)
+        if not self.flights and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    async def _order(self, request: gateway_pb2.GenerateRequest) -> planning.Order:
+        workflow = self.workflows.get(request.workflow)
+        if workflow is None:
+            known = ", ".join(sorted(self.workflows)) or "none"
+            raise NotFound(
+                f"there is no workflow {request.workflow!r}; the gateway serves: {known}",
+                field="workflow",
+            )
+        order = planning.read_order(request, workflow, self.config.max_images)
+        uploads = planning.uploads(order)
+        if uploads:
+            await self._delivery.in_worker(lambda: planning.check_uploads(uploads))
+        if self._hooks.checks_requests:
+            await self._delivery.in_worker(lambda: self._hooks.check_request(request))
+        return order
+
+    # ------------------------------------------------------------ facts of models
+
+    def _facts(self, order: planning.Order) -> Mapping[str, Facts]:
+        """Of the models that were seen on a node, by role."""
+        known = self.fleet.facts
+        models = order.workflow.models
+        return {role: known[ref.identity] for role, ref in models.items() if ref.identity in known}
+
+    def _unseen(self, order: planning.Order) -> list[str]:
+        """Roles that the request needs and whose model no node ever had."""
+        known, models = self.fleet.facts, order.workflow.models
+        return [r for r in planning.roles_needed(order) if models[r].identity not in known]
+
+    async def _facts_in_time(self, flight: Flight, order: planning.Order) -> Mapping[str, Facts]:
+        """Waits for models to come up for the first time, which only they can tell the facts of."""
+        found: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def look() -> None:
+            if not found.done() and not self._unseen(order):
+                found.set_result(None)
+
+        flight.queued(cold=True, ahead=self._in_flight - flight.admitted)
+        self.fleet.wait(look)
+        try:
+            seconds = order.workflow.slo.activation_timeout_seconds
+            async with asyncio.timeout(seconds):
+                await found
+        except TimeoutError:
+            raise self._never_came(order) from None
+        finally:
+            self.fleet.unwait(look)
+        return self._facts(order)
+
+    def _never_came(self, order: planning.Order) -> Unavailable:
+        role = self._unseen(order)[0]
+        why = self.fleet.why_missing(order.workflow.models[role].identity)
+        seconds = order.workflow.slo.activation_timeout_seconds
+        return Unavailable(
+            f"no model node had {role} of workflow {order.workflow.name!r} ready within "
+            f"{seconds:g} s" + (f" ({why})" if why else "") + "; check `kubediffusion status`",
+            reason="NoReplica",
+        )
+
+    # ------------------------------------------------------------ what others ask
+
+    def list_workflows(self) -> list[gateway_pb2.WorkflowInfo]:
+        return [describe_workflow(each, self.fleet) for each in self.workflows.values()]
+
+    def status(self) -> gateway_pb2.GetStatusResponse:
+        return describe_gateway(
+            self.config.gateway_id, self.fleet, self.flights, self._now() - self._since
+        )
+
+    def debug_counts(self) -> dict[str, int]:
+        """What is held now, by kind; all zero when nothing is under way."""
+        runs = [run for flight in self.flights for run in flight.runs]
+        connections = list(self.fleet.connections.values())
+        return {
+            "flights": len(self.flights),
+            "images": self._in_flight,
+            "runs": sum(not run.closed for run in runs),
+            "attempts": sum(run.attempts_open for run in runs),
+            "assigned": sum(connection.assigned for connection in connections),
+            "waiting": self.fleet.waiting,
+            "listeners": sum(flight.listeners for flight in self.flights),
+            "background": sum(flight.background_tasks for flight in self.flights),
+            "releases": sum(connection.pending_releases for connection in connections),
+        }

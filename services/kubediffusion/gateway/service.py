@@ -1,0 +1,91 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The gateway over gRPC. Errors leave as a status with kd-reason and kd-field (see `rpc`)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc.aio
+
+from kubediffusion import rpc
+from kubediffusion.errors import InvalidInput
+from kubediffusion.gateway.connections import PROTOCOL
+from kubediffusion.gateway.core import Gateway
+from kubediffusion.v1alpha1 import gateway_pb2, gateway_pb2_grpc
+
+Context = grpc.aio.ServicerContext
+
+
+class GatewayService(gateway_pb2_grpc.GatewayServicer):
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def Generate(
+        self, request: gateway_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[gateway_pb2.GenerateEvent]:
+        """A client that leaves cancels this handler, and so closes the events and the request."""
+        async with rpc.answering(context):
+            _check_protocol(request)
+            events = self._gateway.generate(request)
+            try:
+                async for event in events:
+                    yield event
+            finally:
+                await events.aclose()
+
+    async def Submit(
+        self, request: gateway_pb2.SubmitRequest, context: Context
+    ) -> gateway_pb2.SubmitResponse:
+        async with rpc.answering(context):
+            _check_protocol(request.request)
+            return gateway_pb2.SubmitResponse(job=await self._gateway.jobs.submit(request.request))
+        raise AssertionError("aborted")
+
+    async def Get(
+        self, request: gateway_pb2.GetRequest, context: Context
+    ) -> gateway_pb2.GetResponse:
+        async with rpc.answering(context):
+            return gateway_pb2.GetResponse(job=await self._gateway.jobs.get(request.id))
+        raise AssertionError("aborted")
+
+    async def List(
+        self, request: gateway_pb2.ListRequest, context: Context
+    ) -> gateway_pb2.ListResponse:
+        async with rpc.answering(context):
+            return await self._gateway.jobs.list(request)
+        raise AssertionError("aborted")
+
+    async def Cancel(
+        self, request: gateway_pb2.CancelRequest, context: Context
+    ) -> gateway_pb2.CancelResponse:
+        async with rpc.answering(context):
+            return gateway_pb2.CancelResponse(job=await self._gateway.jobs.cancel(request.id))
+        raise AssertionError("aborted")
+
+    async def ListWorkflows(
+        self, request: gateway_pb2.ListWorkflowsRequest, context: Context
+    ) -> gateway_pb2.ListWorkflowsResponse:
+        async with rpc.answering(context):
+            workflows = self._gateway.list_workflows()
+            return gateway_pb2.ListWorkflowsResponse(workflows=workflows)
+        raise AssertionError("aborted")
+
+    async def GetStatus(
+        self, request: gateway_pb2.GetStatusRequest, context: Context
+    ) -> gateway_pb2.GetStatusResponse:
+        async with rpc.answering(context):
+            return self._gateway.status()
+        raise AssertionError("aborted")
+
+
+def _check_protocol(request: gateway_pb2.GenerateRequest) -> None:
+    if not request.HasField("protocol"):
+        return
+    wanted = request.protocol
+    if wanted.min > PROTOCOL.max or wanted.max < PROTOCOL.min:
+        raise InvalidInput(
+            f"the client speaks protocol {wanted.min} to {wanted.max}, this gateway "
+            f"{PROTOCOL.min} to {PROTOCOL.max}; update the older one of the two",
+            field="protocol",
+        )
