@@ -16,15 +16,28 @@ import numpy as np
 from kubediffusion import rpc
 from kubediffusion.errors import InvalidInput, TensorLost
 from kubediffusion.tensors.arena import Mappings, host_id
+from kubediffusion.tensors.buffers import Buffers
 from kubediffusion.tensors.store import TensorStore
 from kubediffusion.tensors.values import as_array, nbytes_of
-from kubediffusion.v1alpha1 import node_pb2_grpc, tensor_pb2
+from kubediffusion.v1alpha1 import tensor_pb2
 
-CHUNK_BYTES = 2 * 1024 * 1024
+# Measured: below, the event loop's work for each message dominates; above, copies miss the cache.
+CHUNK_BYTES = 512 * 1024
 MAX_CHANNELS = 64
+# Received tensors that were let go keep so much memory warm for the next ones.
+WARM_BYTES = 128 * 1024 * 1024
 # A fetch may take this long, and longer by its size at the slowest network we would serve on.
 TIMEOUT_SECONDS = 20.0
 SLOWEST_BYTES_PER_SECOND = 10e6
+
+# For channels that carry bulk: fewer HTTP/2 frames, and reads of a size that stays in the cache.
+BULK_OPTIONS: rpc.Options = (
+    ("grpc.http2.max_frame_size", 1024 * 1024),
+    ("grpc.experimental.tcp_read_chunk_size", 64 * 1024),
+    ("grpc.experimental.tcp_min_read_chunk_size", 64 * 1024),
+    ("grpc.experimental.tcp_max_read_chunk_size", 64 * 1024),
+)
+FETCH_METHOD = "/kubediffusion.v1alpha1.ModelNode/Fetch"
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +55,7 @@ class Fetcher:
         self._store = store
         self._shm_dir = shm_dir or (store.shm_dir if store is not None else None)
         self._mappings = Mappings()
+        self._buffers = Buffers(WARM_BYTES)
         self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
         self._calls: Counter[str] = Counter()
 
@@ -70,8 +84,9 @@ class Fetcher:
             await channel.close()
 
     def trim(self) -> None:
-        """Frees memory of files that their producers have removed; call now and then."""
+        """Frees memory that is only kept for the next fetch; call when idle."""
         self._mappings.trim()
+        self._buffers.clear()
 
     # ------------------------------------------------------------ shared memory
 
@@ -93,25 +108,35 @@ class Fetcher:
     async def _pull(self, ref: tensor_pb2.TensorRef) -> np.ndarray:
         if not ref.address:
             raise _lost(ref, "its producer has no address")
-        out = np.empty(ref.nbytes, np.uint8)
-        request = tensor_pb2.FetchRequest(tensor_id=ref.id, incarnation=ref.incarnation)
-        timeout = TIMEOUT_SECONDS + ref.nbytes / SLOWEST_BYTES_PER_SECOND
-        stub = node_pb2_grpc.ModelNodeStub(await self._channel(ref.address))
         self._calls[ref.address] += 1
-        call = stub.Fetch(request, timeout=timeout)
+        try:
+            channel = await self._channel(ref.address)
+            return await self._receive(channel, ref)
+        except grpc.aio.AioRpcError as error:
+            raise _lost(ref, str(rpc.from_rpc_error(error, ref.address))) from error
+        finally:
+            self._calls[ref.address] -= 1
+
+    async def _receive(self, channel: grpc.aio.Channel, ref: tensor_pb2.TensorRef) -> np.ndarray:
+        fetch = channel.unary_stream(
+            FETCH_METHOD,
+            request_serializer=tensor_pb2.FetchRequest.SerializeToString,
+            response_deserializer=_payload,
+        )
+        call = fetch(
+            tensor_pb2.FetchRequest(tensor_id=ref.id, incarnation=ref.incarnation),
+            timeout=TIMEOUT_SECONDS + ref.nbytes / SLOWEST_BYTES_PER_SECOND,
+        )
+        out = self._buffers.take(ref.nbytes)
         done = 0
         try:
-            async for chunk in call:
-                piece = np.frombuffer(chunk.data, np.uint8)
+            async for piece in call:
                 if done + piece.nbytes > ref.nbytes:
                     raise _lost(ref, "its producer sent more than its size")
                 out[done : done + piece.nbytes] = piece
                 done += piece.nbytes
-        except grpc.aio.AioRpcError as error:
-            raise _lost(ref, str(rpc.from_rpc_error(error, ref.address))) from error
         finally:
             call.cancel()
-            self._calls[ref.address] -= 1
         if done != ref.nbytes:
             raise _lost(ref, f"its producer sent {done} of {ref.nbytes} bytes")
         out.setflags(write=False)
@@ -119,13 +144,26 @@ class Fetcher:
 
     async def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            self._channels[address] = rpc.connect(address)
+            self._channels[address] = rpc.connect(address, BULK_OPTIONS)
         self._channels.move_to_end(address)
         idle = [a for a in self._channels if not self._calls[a] and a != address]
         for old in idle[: max(0, len(self._channels) - MAX_CHANNELS)]:
             del self._calls[old]
             await self._channels.pop(old).close()
         return self._channels[address]
+
+
+def _payload(message: bytes) -> np.ndarray:
+    """`FetchChunk.data` without a copy, which halves a fetch's work: uint8, (n,)."""
+    end, shift, length = 1, 0, 0
+    while end < min(len(message), 11) and message[end] & 0x80:
+        length |= (message[end] & 0x7F) << shift
+        end, shift = end + 1, shift + 7
+    if len(message) > end and message[0] == 0x0A:  # field 1, length-delimited
+        length |= message[end] << shift
+        if end + 1 + length == len(message):
+            return np.frombuffer(message, np.uint8, offset=end + 1)
+    return np.frombuffer(tensor_pb2.FetchChunk.FromString(message).data, np.uint8)
 
 
 def _whole(ref: tensor_pb2.TensorRef, data: bytes) -> bytes:

@@ -1,0 +1,50 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Warm memory to receive into: fresh pages cost as much as the copy that fills them."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import defaultdict
+
+import numpy as np
+
+from kubediffusion.tensors.arena import size_class
+
+
+class Buffers:
+    """Arrays that come back by themselves when nobody looks at them any more. Thread-safe."""
+
+    def __init__(self, warm_bytes: int) -> None:
+        """No more than `warm_bytes` are kept for reuse."""
+        self._limit = warm_bytes
+        self._free: dict[int, list[np.ndarray]] = defaultdict(list)
+        self._held = 0
+        # Reentrant: the garbage collector may end a view while this thread is in here.
+        self._lock = threading.RLock()
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """uint8, (nbytes,), not cleared. The memory is free again when its last view is gone."""
+        size = size_class(nbytes)
+        with self._lock:
+            if self._free[size]:
+                memory = self._free[size].pop()
+                self._held -= size
+            else:
+                memory = np.empty(size, np.uint8)
+        # Over a buffer and not over an array, so that what is made from the view keeps the view.
+        view = np.frombuffer(memory.data, np.uint8, nbytes)
+        weakref.finalize(view, self._give_back, memory).atexit = False
+        return view
+
+    def clear(self) -> None:
+        with self._lock:
+            self._free.clear()
+            self._held = 0
+
+    def _give_back(self, memory: np.ndarray) -> None:
+        with self._lock:
+            if self._held + memory.nbytes <= self._limit:
+                self._free[memory.nbytes].append(memory)
+                self._held += memory.nbytes
