@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import grpc
@@ -53,7 +53,7 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
         self,
         path: Path,
         name: str,
-        models: tuple[str, ...] = ("text", "dit", "vae"),
+        models: Iterable[str] | Mapping[str, str] = ("text", "dit", "vae"),
         *,
         script: Callable[[FakeNode, node_pb2.Assign, int], object] | None = None,
         by_reference: bool = False,
@@ -61,7 +61,8 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
     ) -> None:
         self.address = f"unix:{path / (name + '.sock')}"
         self.name = name
-        self.models = models
+        # Kinds (see STAGES) by identity.
+        self.models = dict(models) if isinstance(models, Mapping) else {m: m for m in models}
         self.script = script or (lambda node, assign, step: None)
         self.by_reference = by_reference
         self.fingerprint = fingerprint
@@ -111,10 +112,10 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
                 identity=model,
                 state=node_pb2.MODEL_STATE_READY,
                 load_seconds=1.0,
-                stages=STAGES.get(model, []),
-                facts={k: tensor_pb2.Value(integer=v) for k, v in FACTS.get(model, {}).items()},
+                stages=STAGES[kind],
+                facts={k: tensor_pb2.Value(integer=v) for k, v in FACTS[kind].items()},
             )
-            for model in self.models
+            for model, kind in self.models.items()
         ]
         return node_pb2.DescribeResponse(
             node_id=self.name,
