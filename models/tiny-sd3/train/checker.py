@@ -90,9 +90,7 @@ def size_of(radius: float) -> str:
     return list(SIZES)[int(np.searchsorted(SIZE_BORDERS, radius))]
 
 
-def find_things(
-    image: NDArray[np.uint8], *, outlined: bool = False
-) -> tuple[list[Found], str]:
+def find_things(image: NDArray[np.uint8], *, outlined: bool = False) -> tuple[list[Found], str]:
     """Every blob of an object's colour, and the colour of the picture's rim."""
     nearest = _nearest_color(image)
     rim = np.concatenate([nearest[0], nearest[-1], nearest[:, 0], nearest[:, -1]])
@@ -151,3 +149,14 @@ def _template(shape: str) -> Mask:
     mask = coverage(Thing("red", shape, "", 0.5, 0.5, 0.4), 256) >= 0.5
     rows, columns = np.where(mask)
     return _resized(mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
+
+
+def silhouette_overlap(image: NDArray[np.uint8], scene: Scene) -> float:
+    """Intersection over union of what is not background with the scene's objects."""
+    nearest = _nearest_color(image)
+    rim = np.concatenate([nearest[0], nearest[-1], nearest[:, 0], nearest[:, -1]])
+    drawn = nearest != np.bincount(rim, minlength=len(NAMES)).argmax()
+    wanted = np.zeros_like(drawn)
+    for thing in scene.things:
+        wanted |= coverage(thing, len(drawn)) >= 0.5
+    return _overlap(drawn, wanted)

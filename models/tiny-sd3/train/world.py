@@ -50,7 +50,7 @@ MIRRORED = {"below": "above", "right of": "left of"}
 POSITION_JITTER, RADIUS_JITTER = 0.015, 0.03
 CLASSES = len(COLORS) * len(SHAPES) + len(BACKGROUNDS)
 HELD_OUT_TENTHS = 1
-LINE_WIDTH = {"outline": 0.045, "edges": 0.016}  # shares of the picture's width
+LINE_WIDTH = {"outline": 0.03, "edges": 0.016}  # shares of the picture's width
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def draw(scene: Scene, pixels: int) -> NDArray[np.uint8]:
 
 
 def token_labels(scene: Scene, cells: int) -> NDArray[np.int64]:
-    """The class at the middle of each of cells x cells squares: an object's, or the background's."""
+    """The class, an object's or the background's, at the middle of cells x cells squares."""
     back = CLASSES - len(BACKGROUNDS) + list(BACKGROUNDS).index(scene.background)
     labels = np.full((cells, cells), back, dtype=np.int64)
     for thing in scene.things:
