@@ -28,8 +28,9 @@ from kubediffusion.gateway.openai.errors import Refused, error_response
 from kubediffusion.gateway.openai.fields import EditFields, GenerationFields
 from kubediffusion.gateway.openai.files import ImageStore
 from kubediffusion.gateway.openai.routes import ApiKeys, Generates, ImagesApi, StreamLimits
+from kubediffusion.telemetry.logging import context
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
@@ -137,7 +138,7 @@ def _add_failures(app: FastAPI) -> None:
     async def ours(request: Request, error: Exception) -> Response:
         assert isinstance(error, KubeDiffusionError)
         if isinstance(error, Internal):
-            logger.error("request failed: %s", error, exc_info=error)
+            log.error("%s failed: %s", request.scope["path"], error, exc_info=error)
         return error_response(error)
 
     @app.exception_handler(HTTPException)
@@ -153,19 +154,9 @@ def _add_failures(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> Response:
-        """The server logs the traceback; callers are told where to look, and nothing of it."""
-        request_id = request.state.request_id
-        response = error_response(
-            Internal(f"the server failed at this request; its log says why, under {request_id}")
-        )
-        response.headers["X-Request-Id"] = request_id
-        return response
-
 
 class _PerRequest:
-    """Gives each request its id, and gives back what its body took."""
+    """Gives each request its id, gives back what its body took, and answers for our bugs."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -177,21 +168,34 @@ class _PerRequest:
         request = Request(scope)
         given = request.headers.get("x-request-id", "")
         own = not _REQUEST_ID.fullmatch(given)
-        request.state.request_id = f"req-{uuid.uuid4().hex}" if own else given
+        request_id = f"req-{uuid.uuid4().hex}" if own else given
+        begun = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
-                # The id under which the gateway logs, where it is known and the caller has none.
+                begun = True
+                # The gateway's own id, where it is known and the caller has none.
                 known = own and getattr(request.state, "gateway_request_id", "")
-                MutableHeaders(scope=message)["X-Request-Id"] = known or request.state.request_id
+                MutableHeaders(scope=message)["X-Request-Id"] = known or request_id
             await send(message)
 
-        try:
-            await self._app(scope, receive, send_with_id)
-        finally:
-            body: BodyReader | None = getattr(request.state, "body", None)
-            if body is not None:
-                body.close()
+        with context(http_request=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception:
+                # Callers are told where to look, and nothing of the inside.
+                log.exception("%s %r failed", scope["method"], scope["path"])
+                if begun:
+                    raise
+                error = Internal(
+                    f"the server failed at this request; its log says why, under {request_id}"
+                )
+                await error_response(error)(scope, receive, send_with_id)
+            finally:
+                body: BodyReader | None = getattr(request.state, "body", None)
+                if body is not None:
+                    body.close()
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

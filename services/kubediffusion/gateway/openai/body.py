@@ -19,16 +19,18 @@ from starlette.requests import ClientDisconnect
 
 from kubediffusion.errors import Cancelled, InvalidInput, Overloaded
 from kubediffusion.gateway.openai.errors import Refused
-from kubediffusion.gateway.openai.fields import EditFields, GenerationFields, invalid_input
+from kubediffusion.gateway.openai.fields import (
+    MAX_COMMAS,
+    EditFields,
+    GenerationFields,
+    invalid_input,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 # Work on fewer bytes than this takes less time than handing it to a thread.
 _WORTH_A_THREAD = 64 * 1024
-# JSON of nothing but tiny values takes some thirty times its size in memory; a real request has
-# a few dozen values, of which one may be a large image in base64, which has no commas.
-_MAX_COMMAS = 100_000
 # How much of a body that is too large is read and thrown away, so that the client, which is still
 # sending, gets to see why.
 _DRAIN_BYTES = 64 << 20
@@ -164,7 +166,7 @@ async def _drain(stream: AsyncGenerator[bytes, None]) -> None:
 
 
 def _parse_json(raw: bytes) -> GenerationFields:
-    if raw.count(b",") > _MAX_COMMAS:
+    if raw.count(b",") > MAX_COMMAS:
         raise InvalidInput("the body holds too many values", reason="InvalidJson")
     try:
         return GenerationFields.model_validate_json(raw, strict=True)

@@ -43,6 +43,10 @@ REFUSED: Mapping[str, str] = {
     "markup": "draw the markup into the image, or send it as a control image",
 }
 
+# JSON of nothing but tiny values takes some thirty times its size in memory; a real request has
+# a few dozen values, of which one may be a large image in base64, which has no commas.
+MAX_COMMAS = 100_000
+
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _DATA_URL = re.compile(r"^data:[^,]{0,200};base64,")
 _SIZE = re.compile(r"[1-9][0-9]{0,5}x[1-9][0-9]{0,5}", re.ASCII)
@@ -180,6 +184,8 @@ class EditFields(ImageFields):
         """Forms nest as `loras[style]=0.5`; one JSON text is easier to type."""
         if not isinstance(value, str):
             return value
+        if value.count(",") > MAX_COMMAS:
+            raise ValueError("holds too many values")
         try:
             return json.loads(value)
         except (ValueError, RecursionError):

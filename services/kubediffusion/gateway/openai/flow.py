@@ -30,7 +30,7 @@ from kubediffusion.v1alpha1 import gateway_pb2
 T = TypeVar("T")
 Events = AsyncGenerator[gateway_pb2.GenerateEvent, None]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # A comment, which readers of server-sent events skip; proxies see that the connection lives.
 _KEEPALIVE = b": waiting\n\n"
@@ -94,7 +94,7 @@ async def event_chunks(
     except KubeDiffusionError as error:
         yield sse({"type": "error"} | error_body(call.in_callers_words(error)))
     except Exception:
-        logger.exception("a stream of images failed")
+        log.exception("a stream of images failed")
         error = Internal("the server failed at this request; its log says why")
         yield sse({"type": "error"} | error_body(error))
 
@@ -127,7 +127,7 @@ class EventStream(Response):
             await until_gone(receive, self._pump(send))
         except (Cancelled, TimeoutError) as error:
             # Nobody is there to be told.
-            logger.info("a stream ended early: %s", error or "the client stopped reading")
+            log.info("a stream ended early: %s", error or "the client stopped reading")
         finally:
             await self._chunks.aclose()
             await self._events.aclose()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, Request, Response
-from google.protobuf.json_format import MessageToDict
 
 from kubediffusion.errors import InvalidInput, KubeDiffusionError, Unauthenticated
 from kubediffusion.gateway.openai import responses
@@ -233,11 +232,15 @@ def _own_url(request: Request) -> str:
 
 
 def _input(info: gateway_pb2.InputInfo) -> dict[str, Any]:
-    described = MessageToDict(info, preserving_proto_field_name=True)
-    if info.HasField("default"):
-        kind = info.default.WhichOneof("kind")
-        simple = kind in ("text", "integer", "number", "flag")
-        described["default"] = getattr(info.default, kind) if simple else None
+    described: dict[str, Any] = {"name": info.name, "type": info.type, "required": info.required}
+    for bound in ("minimum", "maximum", "multiple_of"):
+        if info.HasField(bound):
+            described[bound] = getattr(info, bound)
+    kind = info.default.WhichOneof("kind")
+    if kind in ("text", "integer", "number", "flag"):
+        described["default"] = getattr(info.default, kind)
+    if info.description:
+        described["description"] = info.description
     return described
 
 
