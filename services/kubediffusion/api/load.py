@@ -144,7 +144,7 @@ class _Document:
                     raise _bad_text("empty; a DiffusionWorkflow document is expected", source)
                 document._walk(root, (), [0])
                 if not document.problems:
-                    document.data = loader.construct_document(root)
+                    document.data = cast(object, loader.construct_document(root))  # pyright: ignore[reportUnknownMemberType]
             finally:
                 loader.dispose()
         except yaml.YAMLError as error:
@@ -181,9 +181,9 @@ class _Document:
 
 
 def _yaml_message(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.composer.ComposerError) and "single document" in str(error.context):
-        return "more than one document (---); give each workflow a file of its own"
     if isinstance(error, yaml.MarkedYAMLError):
+        if "single document" in str(error.context):
+            return "more than one document (---); give each workflow a file of its own"
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
         return f"not valid YAML: {error.problem or error.context}{where}"
@@ -197,9 +197,7 @@ def _bad_text(message: str, source: str) -> InvalidWorkflow:
     return InvalidWorkflow(f"{source}: {message}" if source else message)
 
 
-def _invalid(
-    problems: Sequence[Problem], document: _Document, source: str
-) -> InvalidWorkflow:
+def _invalid(problems: Sequence[Problem], document: _Document, source: str) -> InvalidWorkflow:
     def text(problem: Problem) -> str:
         path, line = problem.path, problem.line
         while line is None and path:

@@ -33,8 +33,8 @@ class ResourceClaim(Resource):
 class Resources(Resource):
     """As core/v1 ResourceRequirements."""
 
-    requests: Quantities = {}
-    limits: Quantities = {}
+    requests: Quantities = Field(default_factory=dict)
+    limits: Quantities = Field(default_factory=dict)
     claims: Annotated[tuple[ResourceClaim, ...], Field(max_length=8)] = ()
 
 

@@ -35,7 +35,11 @@ Uri = Annotated[
 ]
 # Inside a source: no way up, no absolute path.
 RelativePath = Annotated[
-    str, Field(max_length=256, pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*)?$")
+    str,
+    Field(
+        max_length=256,
+        pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*)?$",
+    ),
 ]
 Revision = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9._/-]*$")]
 Variant = Annotated[str, Field(max_length=32, pattern=r"^[A-Za-z0-9_-]*$")]
@@ -58,7 +62,7 @@ Embedded = Annotated[
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule between fields: `holds` here, `cel` in the cluster. `field` is relative to the type."""
+    """A rule between fields: `holds` here, `cel` in the cluster. `field` is one of the type's."""
 
     field: str
     cel: str
@@ -86,8 +90,8 @@ class Metadata(BaseModel):
 
     name: ObjectName
     namespace: Annotated[str, Field(max_length=63)] = ""
-    labels: dict[str, str] = {}
-    annotations: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict[str, str])
+    annotations: dict[str, str] = Field(default_factory=dict[str, str])
 
 
 class Source(Resource):

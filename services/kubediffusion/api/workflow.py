@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -48,8 +48,14 @@ class Pipeline(Resource):
         Rule(
             field="preset",
             cel="has(self.preset) != has(self.family)",
-            message="give either preset (graph and inputs come with it) or family (with spec.graph)",
+            message="give preset (graph and inputs come with it) or family (with spec.graph)",
             holds=lambda p: (p.preset is None) != (p.family is None),
+        ),
+        Rule(
+            field="source",
+            cel="!has(self.source.subfolder) || self.source.subfolder == ''",
+            message="a pipeline lies at the top of its source: put the folder into the uri",
+            holds=lambda p: not p.source.subfolder,
         ),
     )
 
@@ -167,7 +173,7 @@ class GraphNode(Resource):
             description="Port: $inputs.NAME, NODE.OUTPUT, a constant, an expression that begins "
             "with =, or a list of references of which the first that is there is taken.",
         ),
-    ] = {}
+    ] = Field(default_factory=dict[str, Any])
     when: Annotated[
         Expression | None, Field(description="The node is left out where this is false.")
     ] = None
@@ -219,8 +225,12 @@ class WorkflowSpec(Resource):
         ),
     ] = "exact"
     slo: Slo | None = None
-    models: Annotated[dict[DottedName, ModelOverride], Field(max_length=32)] = {}
-    inputs: Annotated[dict[DottedName, Input], Field(max_length=64)] = {}
+    models: Annotated[dict[DottedName, ModelOverride], Field(max_length=32)] = Field(
+        default_factory=dict[str, ModelOverride]
+    )
+    inputs: Annotated[dict[DottedName, Input], Field(max_length=64)] = Field(
+        default_factory=dict[str, Input]
+    )
     caching: Caching | None = None
     graph: Graph | None = None
 
@@ -234,8 +244,7 @@ class WorkflowSpec(Resource):
         ),
         Rule(
             field="loras",
-            cel="!has(self.loras) || self.loras.all(a, "
-            "self.loras.exists_one(b, b.name == a.name))",
+            cel="!has(self.loras) || self.loras.all(a, self.loras.exists_one(b, b.name == a.name))",
             message="two LoRAs have one name: rename one",
             holds=lambda s: len({x.name for x in s.loras}) == len(s.loras),
         ),

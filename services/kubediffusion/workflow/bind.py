@@ -6,18 +6,17 @@ but what only the weights know. On the gateway's hot path."""
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Mapping
+from typing import cast
 
 from kubediffusion.api.load import did_you_mean
 from kubediffusion.errors import InvalidInput, Unavailable
-from kubediffusion.workflow.expression import MissingFact, parse
-from kubediffusion.workflow.families import FAMILIES, steps_to_run
+from kubediffusion.workflow.expression import MissingFactError
+from kubediffusion.workflow.families import FAMILIES
 from kubediffusion.workflow.graph import FromInputs, Node
 from kubediffusion.workflow.values import (
     Bound,
-    Constant,
     Facts,
     InputSpec,
     InputType,
@@ -30,6 +29,7 @@ MAX_LORA_SCALE = 10.0
 # Control characters (line breaks and tabs are none here) and lone surrogates.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _INT64 = 1 << 63
+_KINDS = {"bool": "a flag", "int": "a whole number", "float": "a number", "str": "text"}
 
 
 def seed_from_key(key: str) -> int:
@@ -77,20 +77,16 @@ def bind(
     return Bound(values, _loras(resolved, loras or {}))
 
 
-def _default(
-    resolved: ResolvedWorkflow, spec: InputSpec, facts: Facts, seed: int
-) -> Value | None:
+def _default(resolved: ResolvedWorkflow, spec: InputSpec, facts: Facts, seed: int) -> Value | None:
     if spec.default is not None:
         return spec.default
     if spec.name == "seed" and spec.type is InputType.INTEGER:
         return check_value(spec, seed)
-    if spec.default_expression:
-        family = FAMILIES[resolved.family]
-        roles = frozenset(resolved.models)
-        expression = parse(spec.default_expression, {}, family.facts, roles)
+    expression = resolved.graph.defaults.get(spec.name)
+    if expression is not None:
         try:
             value = expression.evaluate({}, facts)
-        except MissingFact as missing:
+        except MissingFactError as missing:
             raise missing_fact(missing, f"inputs.{spec.name}") from None
         return None if value is None else check_value(spec, value)
     if spec.required:
@@ -98,7 +94,7 @@ def _default(
     return None
 
 
-def missing_fact(missing: MissingFact, field: str) -> Unavailable:
+def missing_fact(missing: MissingFactError, field: str) -> Unavailable:
     role, name = missing.args
     return Unavailable(f"model {role} has not told its {name} yet; try again", field=field)
 
@@ -133,8 +129,8 @@ def _error(spec: InputSpec, message: str) -> InvalidInput:
 
 
 def _wrong(spec: InputSpec, given: object, wanted: str) -> InvalidInput:
-    kinds = {bool: "a flag", int: "a whole number", float: "a number", str: "text"}
-    return _error(spec, f"must be {wanted}, not {kinds.get(type(given), type(given).__name__)}")
+    name = type(given).__name__
+    return _error(spec, f"must be {wanted}, not {_KINDS.get(name, name)}")
 
 
 def _text(spec: InputSpec, given: object) -> str:
@@ -165,12 +161,12 @@ def _bounded(spec: InputSpec, value: float) -> float:
 def _image(spec: InputSpec, given: object) -> bytes:
     if not isinstance(given, (bytes, bytearray, memoryview)):
         raise _wrong(spec, given, "the bytes of an image file")
-    size = given.nbytes if isinstance(given, memoryview) else len(given)
-    if not size:
+    data = given if isinstance(given, bytes) else bytes(cast(bytearray, given))
+    if not data:
         raise _error(spec, "is empty; give the bytes of a PNG or JPEG file")
-    if spec.max_length is not None and size > spec.max_length:
-        raise _error(spec, f"has {size} bytes; at most {spec.max_length} are taken")
-    return given if isinstance(given, bytes) else bytes(given)
+    if spec.max_length is not None and len(data) > spec.max_length:
+        raise _error(spec, f"has {len(data)} bytes; at most {spec.max_length} are taken")
+    return data
 
 
 def _check_denoise(
@@ -182,10 +178,10 @@ def _check_denoise(
     for port, feed in node.inputs:
         if not isinstance(feed, FromInputs):
             continue
-        constant = feed.take(values, facts, frozenset())
-        if constant is not None:
-            given[port] = constant.value
-            names[port] = feed.names[-1]
+        name = feed.choose(values)
+        if name is not None:
+            given[port] = values[name]
+            names[port] = name
     FAMILIES[resolved.family].check(given, names, facts)
 
 
@@ -198,7 +194,9 @@ def _loras(resolved: ResolvedWorkflow, given: Mapping[str, float]) -> tuple[Lora
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidInput("a LoRA's scale must be a number", field=field)
         if not abs(scale) <= MAX_LORA_SCALE:
-            message = f"{scale} is out of bounds; -{MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g} is allowed"
+            message = (
+                f"{scale} is out of bounds; -{MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g} is allowed"
+            )
             raise InvalidInput(message, field=field)
     if not resolved.loras:
         return ()
@@ -208,6 +206,3 @@ def _loras(resolved: ResolvedWorkflow, given: Mapping[str, float]) -> tuple[Lora
         for d in resolved.loras.values()
         if scales[d.name]
     )
-
-
-__all__ = ["Constant", "bind", "check_value", "math", "seed_from_key", "steps_to_run"]

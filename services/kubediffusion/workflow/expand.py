@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kubediffusion.workflow.bind import missing_fact
-from kubediffusion.workflow.expression import MissingFact
+from kubediffusion.workflow.expression import MissingFactError
 from kubediffusion.workflow.families import FAMILIES, steps_to_run
 from kubediffusion.workflow.graph import Node
 from kubediffusion.workflow.values import (
@@ -20,12 +20,14 @@ from kubediffusion.workflow.values import (
 )
 
 
-def expand(resolved: ResolvedWorkflow, bound: Bound, facts: Facts | None = None) -> tuple[Task, ...]:
+def expand(
+    resolved: ResolvedWorkflow, bound: Bound, facts: Facts | None = None
+) -> tuple[Task, ...]:
     """The tasks of one image, producers first. Nodes whose condition is false are left out, and
     so are nodes and outputs that nobody reads. Raises Unavailable where a fact is missing."""
     try:
         return _expand(resolved, bound, facts or {})
-    except MissingFact as missing:
+    except MissingFactError as missing:
         raise missing_fact(missing, "") from None
 
 
@@ -77,8 +79,9 @@ def _task(
 def _steps(inputs: Mapping[str, Constant | PortRef]) -> int:
     steps, strength = inputs["steps"], inputs.get("strength")
     assert isinstance(steps, Constant), "the signature of denoise asks for a value"
-    partial = "init.latents" in inputs and isinstance(strength, Constant)
-    return steps_to_run(int(steps.value), float(strength.value) if partial else None)
+    if "init.latents" not in inputs or not isinstance(strength, Constant):
+        return int(steps.value)
+    return steps_to_run(int(steps.value), float(strength.value))
 
 
 def _controlnets(

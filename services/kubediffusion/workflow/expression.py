@@ -19,7 +19,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from kubediffusion.api.load import did_you_mean
 from kubediffusion.errors import InvalidWorkflow
@@ -30,7 +30,7 @@ MAX_LENGTH = 4096
 Evaluate: TypeAlias = Callable[[Mapping[str, Value], Facts], "Value | None"]
 
 
-class MissingFact(LookupError):
+class MissingFactError(LookupError):
     """A fact that no node has told yet. `args` are role and name."""
 
 
@@ -57,13 +57,19 @@ class Fact:
 _REFERENCE = re.compile(r"\$(inputs|facts)((?:\.[A-Za-z0-9_-]+)+)")
 _STRING = re.compile(r"'[^'\\]*'|\"[^\"\\]*\"")
 _PLACEHOLDER = "__reference_"
-_COMPARE: dict[type[ast.cmpop], Callable[[object, object], object]] = {
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], object]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
+}
+_LITERALS: dict[type, InputType] = {
+    bool: InputType.FLAG,
+    int: InputType.INTEGER,
+    float: InputType.NUMBER,
+    str: InputType.TEXT,
 }
 _ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
@@ -183,15 +189,9 @@ class _Parser:
 
     def _literal(self, node: ast.Constant) -> _Term:
         value = node.value
-        kinds = {
-            bool: InputType.FLAG,
-            int: InputType.INTEGER,
-            float: InputType.NUMBER,
-            str: InputType.TEXT,
-        }
-        kind = kinds.get(type(value))
-        if kind is None or not isinstance(value, (bool, int, float, str)):
+        if not isinstance(value, (bool, int, float, str)):
             raise self._error("a literal is a number, a quoted text, True or False")
+        kind = _LITERALS[type(value)]
         if isinstance(value, (int, float)) and not abs(value) < 2**63:
             raise self._error("a number is out of range")
         constant: Value = value
@@ -226,7 +226,7 @@ class _Parser:
         def evaluate(values: Mapping[str, Value], facts: Facts) -> Value:
             value = facts.get(role, {}).get(name, default)
             if value is None:
-                raise MissingFact(role, name)
+                raise MissingFactError(role, name)
             return value
 
         return _Term(fact.type, evaluate, f"$facts.{path}")

@@ -7,20 +7,18 @@ A new family is an entry of `FAMILIES`; a new preset over it an entry of `preset
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from kubediffusion.errors import InvalidInput
 from kubediffusion.workflow.expression import Fact
-from kubediffusion.workflow.values import Facts, InputType, Value
+from kubediffusion.workflow.values import SEED_LIMIT, Facts, InputType, Value
 
 MAX_STEPS = 1000
 MAX_SIDE = 16384
 MAX_PROMPT = 10_000  # characters
 MAX_IMAGE = 32 << 20  # bytes
-SEED_MAX = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def _tensor(kind: str, required: bool = True) -> Port:
 
 _TEXT = _value(InputType.TEXT)
 _SIDE = _value(InputType.INTEGER, minimum=1, maximum=MAX_SIDE)
-_SEED = _value(InputType.INTEGER, minimum=0, maximum=SEED_MAX)
+_SEED = _value(InputType.INTEGER, minimum=0, maximum=SEED_LIMIT - 1)
 _STRENGTH = _value(InputType.NUMBER, required=False, minimum=0, maximum=1)
 _SHARE = _value(InputType.NUMBER, required=False, minimum=0, maximum=1)
 _SCALE = _value(InputType.NUMBER, required=False, minimum=-10, maximum=10)
@@ -108,7 +106,7 @@ _SD3_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 def _sd3_signature(role: str, stage: str, controlnets: Sequence[str]) -> Signature | None:
     match role, stage:
-        case ("text_encoder" | "text_encoder_2"), "encode":
+        case (("text_encoder" | "text_encoder_2"), "encode"):
             outputs = {
                 "embeds": PortType(tensor=f"{role}.embeds"),
                 "pooled": PortType(tensor=f"{role}.pooled"),
@@ -122,9 +120,7 @@ def _sd3_signature(role: str, stage: str, controlnets: Sequence[str]) -> Signatu
         case "vae", "encode_image":
             return _SD3_ENCODE_IMAGE
         case "vae", "decode":
-            return Signature(
-                {"latents": _tensor("latents")}, {"image": PortType(tensor="pixels")}
-            )
+            return Signature({"latents": _tensor("latents")}, {"image": PortType(tensor="pixels")})
         case "transformer", "denoise":
             return _sd3_denoise(controlnets)
         case _:
@@ -175,26 +171,28 @@ def _sd3_denoise(controlnets: Sequence[str]) -> Signature:
 
 
 def _sd3_check(values: Mapping[str, Value], names: Bind, facts: Facts) -> None:
+    _check_strength(values, names)
+    _check_controls(values, names)
     transformer, vae = facts.get("transformer", {}), facts.get("vae", {})
     patch, scale = transformer.get("patch_size"), vae.get("vae_scale_factor")
-    largest = transformer.get("pos_embed_max_size")
     if not isinstance(patch, int) or not isinstance(scale, int):
         return
     unit = patch * scale
+    table = transformer.get("pos_embed_max_size")
+    largest = table * unit if isinstance(table, int) else MAX_SIDE // unit * unit
     for port in ("width", "height"):
         side = values.get(port)
         if not isinstance(side, int):
             continue
-        field = f"inputs.{names.get(port, port)}"
-        if side % unit:
-            nearest = max(unit, round(side / unit) * unit)
+        field = f"inputs.{names[port]}"
+        if side > largest:
             raise InvalidInput(
-                f"{side} is not a multiple of {unit}; use {nearest}",
-                field=field,
+                f"{side} is more than this model can draw; at most {largest}", field=field
             )
-        if isinstance(largest, int) and side > largest * unit:
+        if side % unit:
+            nearest = min(max(unit, round(side / unit) * unit), largest)
             raise InvalidInput(
-                f"{side} is more than this model can draw; at most {largest * unit}", field=field
+                f"{side} is not a multiple of {unit}; {nearest} is the nearest", field=field
             )
 
 
@@ -249,5 +247,26 @@ def steps_to_run(steps: int, strength: float | None) -> int:
     return steps - int(max(steps - min(steps * strength, steps), 0))
 
 
-def is_finite(value: float) -> bool:
-    return math.isfinite(value)
+def _check_strength(values: Mapping[str, Value], names: Bind) -> None:
+    steps, strength = values.get("steps"), values.get("strength")
+    if not isinstance(steps, int) or not isinstance(strength, float):
+        return
+    if steps_to_run(steps, strength) < 1:
+        raise InvalidInput(
+            f"strength {strength:g} of {steps} steps leaves no step to run; raise one of them",
+            field=f"inputs.{names['strength']}",
+        )
+
+
+def _check_controls(values: Mapping[str, Value], names: Bind) -> None:
+    for port, start in values.items():
+        if not port.endswith(".start") or not isinstance(start, float):
+            continue
+        end_port = port.removesuffix(".start") + ".end"
+        end = values.get(end_port)
+        if isinstance(end, float) and start >= end:
+            raise InvalidInput(
+                f"a ControlNet begins before it ends: {start:g} is not below "
+                f"{names[end_port]} = {end:g}",
+                field=f"inputs.{names[port]}",
+            )

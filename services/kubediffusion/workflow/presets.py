@@ -73,8 +73,13 @@ def _sd3_inputs(roles: frozenset[str], controlnets: Sequence[str]) -> tuple[Inpu
         inputs += [
             InputSpec(control, image, description=f"Control image of ControlNet {name}."),
             *(
-                InputSpec(f"{control}.{key}", number, default=default, requires=control,
-                          description=description)
+                InputSpec(
+                    f"{control}.{key}",
+                    number,
+                    default=default,
+                    requires=control,
+                    description=description,
+                )
                 for key, default, description in (
                     ("scale", 1.0, "How strongly it steers."),
                     ("start", 0.0, "Share of the steps after which it begins."),
@@ -112,9 +117,7 @@ def _sd3_graph(roles: frozenset[str], controlnets: Sequence[str]) -> Graph:
     nodes += [_sd3_control(index, controlnets) for index in range(len(controlnets))]
     nodes.append(_sd3_denoise(encoders, controlnets))
     nodes.append(
-        GraphNode(
-            name="decode", model="vae", stage="decode", inputs={"latents": "denoise.latents"}
-        )
+        GraphNode(name="decode", model="vae", stage="decode", inputs={"latents": "denoise.latents"})
     )
     return Graph(nodes=tuple(nodes), output="decode.image")
 

@@ -16,8 +16,9 @@ from kubediffusion.api.types import Source
 from kubediffusion.api.workflow import DiffusionWorkflow, Input, WorkflowSpec
 from kubediffusion.errors import InvalidInput, InvalidWorkflow
 from kubediffusion.workflow.bind import check_value
+from kubediffusion.workflow.check import Scope, check_graph
 from kubediffusion.workflow.families import FAMILIES, MAX_IMAGE, MAX_PROMPT, Family, Role
-from kubediffusion.workflow.graph import Graph, Scope, check_graph
+from kubediffusion.workflow.graph import Graph
 from kubediffusion.workflow.presets import PRESETS
 from kubediffusion.workflow.values import (
     InputSpec,
@@ -72,7 +73,9 @@ class _Resolver:
         self._commits = commits
         pipeline = workflow.spec.pipeline
         self._preset = PRESETS[pipeline.preset] if pipeline.preset else None
-        self._family: Family = FAMILIES[self._preset.family if self._preset else pipeline.family or ""]
+        family = self._preset.family if self._preset else pipeline.family
+        assert family is not None, "the API's rules ask for a preset or a family"
+        self._family: Family = FAMILIES[family]
         self._controlnets = [c.name for c in self._spec.control_nets]
 
     def resolve(self) -> ResolvedWorkflow:
@@ -182,8 +185,7 @@ class _Resolver:
         source = override.source or source
         if source is None:
             # The component's own folder inside the pipeline.
-            subfolder = "/".join(filter(None, (pipeline.source.subfolder, role.component)))
-            source = pipeline.source.model_copy(update={"subfolder": subfolder})
+            source = pipeline.source.model_copy(update={"subfolder": role.component})
             revision = self._index.commit or source.revision
         else:
             revision = self._commit(source)
@@ -261,19 +263,9 @@ class _Resolver:
             inputs,
             all_inputs_read=self._preset is None,
         )
-        graph = check_graph(spec, scope)
-        for name, input_spec in inputs.items():
-            if input_spec.default_expression:
-                path = f"spec.inputs.{name}.default"
-                expression = scope.expression(input_spec.default_expression, path)
-                if expression.type is not input_spec.type or expression.inputs:
-                    message = f"must be an expression over $facts that gives a {input_spec.type}"
-                    raise InvalidWorkflow(message, field=path)
-        return graph
+        return check_graph(spec, scope)
 
-    def _narrowed(
-        self, inputs: Mapping[str, InputSpec], graph: Graph
-    ) -> dict[str, InputSpec]:
+    def _narrowed(self, inputs: Mapping[str, InputSpec], graph: Graph) -> dict[str, InputSpec]:
         """Inputs with the bounds of the ports that they feed, and defaults that keep to them."""
         narrowed: dict[str, InputSpec] = {}
         for name, spec in inputs.items():
@@ -288,10 +280,9 @@ class _Resolver:
                 maximum=min(highs, default=None),
                 max_length=min(lengths, default=None),
             )
-            if spec.minimum is not None and spec.maximum is not None:
-                if spec.minimum > spec.maximum:
-                    message = f"nothing lies in {spec.minimum:g} to {spec.maximum:g}"
-                    raise InvalidWorkflow(message, field=f"spec.inputs.{name}")
+            if lows and highs and max(lows) > min(highs):
+                message = f"nothing lies in {max(lows):g} to {min(highs):g}"
+                raise InvalidWorkflow(message, field=f"spec.inputs.{name}")
             if spec.default is not None:
                 try:
                     spec = replace(spec, default=check_value(spec, spec.default))
