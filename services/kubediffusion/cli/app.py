@@ -190,14 +190,18 @@ def up(
     """Serve workflows on this machine until Ctrl-C."""
     with reporting(debug):
         from kubediffusion.cli.inputs import read_replicas
-        from kubediffusion.cli.up import Addresses, serve
+        from kubediffusion.cli.up import Serving, serve
 
         serve(
-            files,
-            Addresses(http=http, grpc=grpc, metrics=metrics),
-            replicas=read_replicas(replicas or ()),
-            api_keys=frozenset(api_key or ()),
-            drain_seconds=drain,
+            Serving(
+                files=files,
+                http=http,
+                grpc=grpc,
+                metrics=metrics,
+                replicas=read_replicas(replicas or ()),
+                api_keys=frozenset(api_key or ()),
+                drain_seconds=drain,
+            )
         )
 
 

@@ -47,7 +47,7 @@ def show_status(address: str, as_json: bool) -> None:
 
 def show_models(address: str, as_json: bool) -> None:
     """The built-in and downloaded ones always; served ones where a gateway is up."""
-    from kubediffusion import sources
+    from kubediffusion.cli.catalog import builtin_models, downloaded_models
     from kubediffusion.cli.screens import models_screen
 
     try:
@@ -56,11 +56,11 @@ def show_models(address: str, as_json: bool) -> None:
         if address:
             raise
         status, workflows = None, ()
-    builtin, cached = sources.builtin(), sources.cached()
+    builtin, downloaded = builtin_models(), downloaded_models()
     if as_json:
         content = {
             "builtin": [asdict(each) for each in builtin],
-            "cached": [asdict(each) for each in cached],
+            "downloaded": [asdict(each) for each in downloaded],
             "workflows": [asdict(workflow) for workflow in workflows],
             "served": [
                 {"node": node.id, **asdict(model)}
@@ -70,7 +70,7 @@ def show_models(address: str, as_json: bool) -> None:
         }
         shell.output().print(json.dumps(content, indent=2), markup=False, soft_wrap=True)
         return
-    shell.output().print(models_screen(builtin, cached, status, workflows))
+    shell.output().print(models_screen(builtin, downloaded, status, workflows))
 
 
 def _ask(address: str) -> tuple[Status, tuple[Workflow, ...]]:

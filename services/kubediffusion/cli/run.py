@@ -114,6 +114,7 @@ async def _run_here(
         runtime = LocalRuntime(workflows=[resolved], replicas=replicas, on_change=view.node_changed)
         view.starting(len(resolved.models))
         async with runtime:
+            await runtime.ready()
             view.ready()
             result.start_seconds = time.monotonic() - started
             messages = runtime.generate(request)

@@ -19,6 +19,7 @@ from kubediffusion.local.supervisor import NodePhase, NodeReport
 from kubediffusion.v1alpha1 import node_pb2
 
 if TYPE_CHECKING:
+    from kubediffusion.cli.catalog import Stored
     from kubediffusion.workflow import ResolvedWorkflow
 
 _ORDER = ("encode", "encode_image", "denoise", "decode")
@@ -78,7 +79,8 @@ def _nodes(times: Sequence[StageTime]) -> str:
 def _sums(times: Sequence[StageTime]) -> tuple[str, str, str, str]:
     return (
         str(len(times)),
-        _seconds(sum(time.queue_seconds for time in times)),
+        # Tasks of a stage wait for one another, so that their sum says nothing.
+        _seconds(max(time.queue_seconds for time in times)),
         _seconds(sum(time.fetch_seconds for time in times)),
         _seconds(sum(time.run_seconds for time in times)),
     )
@@ -112,19 +114,70 @@ def supervised_nodes(reports: Sequence[NodeReport], nodes: Sequence[Node]) -> Re
     return indented(Group(grid, *troubles))
 
 
+# ---------------------------------------------------------------- what is up, and how to use it
+
+_PROMPT = "a red circle above a blue square"
+
+
+def addresses_screen(
+    *,
+    grpc: str,
+    http: str,
+    metrics: str,
+    targets: str,
+    workflows: Sequence[str],
+    model: str,
+    key_needed: bool,
+) -> RenderableType:
+    """Addresses, then commands to copy. These are lines of their own, never wrapped or boxed."""
+    grid = Table.grid(padding=(0, 3, 0, 0))
+    grid.add_row(Text("workflows", style="dim"), ", ".join(workflows))
+    if http:
+        grid.add_row(Text("OpenAI API", style="dim"), f"http://{http}/v1")
+    if grpc:
+        grid.add_row(Text("gRPC", style="dim"), grpc)
+    if metrics:
+        grid.add_row(Text("metrics", style="dim"), f"http://{metrics}/metrics")
+        grid.add_row("", Text(f"of the nodes: {targets}", style="dim", overflow="fold"))
+    parts: list[RenderableType] = [Text(), indented(grid), Text()]
+    for command in (_generate(model, workflows) if grpc else "", *_http(http, model, key_needed)):
+        if command:
+            parts += [indented(Text(command, no_wrap=True, overflow="ignore")), Text()]
+    return Group(*parts)
+
+
+def _generate(model: str, workflows: Sequence[str]) -> str:
+    choice = f" -w {model}" if len(workflows) > 1 else ""
+    return f'kubediffusion generate{choice} -p "{_PROMPT}" -o out.png'
+
+
+def _http(http: str, model: str, key_needed: bool) -> tuple[str, ...]:
+    if not http:
+        return ()
+    key = '  -H "Authorization: Bearer $OPENAI_API_KEY" \\\n' if key_needed else ""
+    curl = (
+        f"curl -s http://{http}/v1/images/generations \\\n{key}"
+        "  -H 'Content-Type: application/json' \\\n"
+        f'  -d \'{{"model": "{model}", "prompt": "{_PROMPT}"}}\' |\n'
+        '  grep -o \'"b64_json": *"[^"]*\' | cut -d\'"\' -f4 | base64 -d > out.png'
+    )
+    environment = f"OPENAI_BASE_URL=http://{http}/v1"
+    environment += "" if key_needed else " OPENAI_API_KEY=none"
+    openai = (
+        f"{environment} python3 -c '\n"
+        "from openai import OpenAI\n"
+        "print(OpenAI().images.generate(\n"
+        f'    model="{model}", prompt="{_PROMPT}", response_format="url").data[0].url)\''
+    )
+    return curl, openai
+
+
 # ---------------------------------------------------------------- a gateway's status
 
 
 def status_screen(status: Status, workflows: Sequence[Workflow]) -> RenderableType:
     parts: list[RenderableType] = [workflow_table(workflows), Text(), node_table(status.nodes)]
-    models = table("model", "node", "state", "size", numbers=("size",))
-    for node in status.nodes:
-        for model in node.models:
-            state = Text(model.state, style=_STATE_STYLE.get(model.state, "cyan"))
-            if model.message:
-                state.append(f": {model.message}", style="dim")
-            models.add_row(model.identity, node.id, state, decimal(model.nbytes))
-    parts += [Text(), models]
+    parts += [Text(), model_table(status.nodes)]
     if status.unreachable:
         parts += [Text(), Text(f"not answering: {', '.join(status.unreachable)}", style="red")]
     demand = f"{status.running} running, {status.queued} queued, {status.held} held"
@@ -153,6 +206,17 @@ def node_table(nodes: Sequence[Node]) -> Table:
         tensors = f"{node.tensors} ({decimal(node.tensor_bytes)})" if node.tensors else "0"
         counts = (str(node.queued), str(node.running), tensors)
         grid.add_row(name, node.device, decimal(node.memory_used), *counts)
+    return grid
+
+
+def model_table(nodes: Sequence[Node]) -> Table:
+    grid = table("model", "node", "state", "size", numbers=("size",))
+    for node in nodes:
+        for model in node.models:
+            state = Text(model.state, style=_STATE_STYLE.get(model.state, "cyan"))
+            if model.message:
+                state.append(f": {model.message}", style="dim")
+            grid.add_row(model.identity, node.id, state, decimal(model.nbytes))
     return grid
 
 
@@ -188,3 +252,25 @@ def workflow_screen(workflow: ResolvedWorkflow) -> RenderableType:
             loras.add_row(name, f"{lora.scale:g}", lora.uri)
         parts += [Text(), loras]
     return indented(Group(*parts))
+
+
+# ---------------------------------------------------------------- models
+
+
+def models_screen(
+    builtin: Sequence[Stored],
+    downloaded: Sequence[Stored],
+    status: Status | None,
+    workflows: Sequence[Workflow],
+) -> RenderableType:
+    parts: list[RenderableType] = []
+    for title, models in (("built in", builtin), ("downloaded", downloaded)):
+        if models:
+            grid = table(title, "size", "commits", numbers=("size",))
+            for each in models:
+                commits = ", ".join(commit[:12] for commit in each.commits)
+                grid.add_row(each.uri, decimal(each.nbytes), Text(commits, style="dim"))
+            parts += [grid, Text()]
+    if status is not None:
+        parts += [workflow_table(workflows), Text(), model_table(status.nodes), Text()]
+    return indented(Group(*parts[:-1]) if parts else Text("no models here yet", style="dim"))

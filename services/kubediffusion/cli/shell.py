@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import typer
 from rich.console import Console
@@ -61,6 +61,19 @@ def reporting(debug: bool) -> Iterator[None]:
         )
         notes().print(text)
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def logging_to(stream: TextIO | None) -> Iterator[None]:
+    """Warnings of this process go to `stream`; to nowhere without one, as a display is in use."""
+    from kubediffusion.telemetry.logging import configure
+
+    with open(os.devnull, "w") as nowhere:
+        configure("WARNING", stream=stream or nowhere)
+        try:
+            yield
+        finally:
+            configure("WARNING", stream=sys.stderr)
 
 
 def show_error(error: KubeDiffusionError) -> None:

@@ -41,7 +41,6 @@ class RunState:
     http: str = ""
     metrics: str = ""
     workflows: tuple[str, ...] = ()
-    api_key_needed: bool = False
 
 
 class RunFolder:

@@ -38,7 +38,7 @@ def warm_up(modules: Sequence[str]) -> None:
     Only the first call in a process chooses them; what a node lacks it imports itself.
     """
     with _starting:
-        _context.set_forkserver_preload(list(modules))
+        _context.set_forkserver_preload(["kubediffusion.local.hush", *modules])
         forkserver.ensure_running()
 
 
@@ -63,8 +63,8 @@ class NodeProcess:
             await asyncio.to_thread(_start, process)
         except (EOFError, OSError) as error:
             raise Unavailable(
-                f"cannot start a node process: {error or 'the fork server ended'}; "
-                "are the node's packages installed (pip install 'kubediffusion[node]')?",
+                f"cannot start a node process: {error or 'the fork server ended'}; to see why, run "
+                f"{sys.executable} -c 'import kubediffusion.node.process'",
                 reason="NodeStart",
             ) from error
         return cls(process)
@@ -100,6 +100,8 @@ def _node(config: NodeConfig, log: Path, run: Path, serve: Callable[[NodeConfig]
     os.setpgid(0, 0)
     # What the server imported is garbage never: not looked at, so not copied either.
     gc.freeze()
+    # Locks that libraries make (tqdm's) would be named ones, left over when this process is killed.
+    multiprocessing.set_start_method("fork", force=True)
     _log_to(log)
     threading.Thread(target=_leave_with_parents, args=(run,), daemon=True).start()
     serve(config)

@@ -18,24 +18,26 @@ from kubediffusion.local.plan import plan_nodes
 from kubediffusion.local.process import warm_up
 from kubediffusion.local.restart import RestartPolicy
 from kubediffusion.local.supervisor import NodeReport, Supervisor
+from kubediffusion.telemetry.metrics import SupervisorMetrics
 
 if TYPE_CHECKING:
     from kubediffusion.gateway.config import GatewayConfig
     from kubediffusion.gateway.core import Gateway
-    from kubediffusion.telemetry.metrics import SupervisorMetrics
     from kubediffusion.v1alpha1 import gateway_pb2
     from kubediffusion.workflow import ResolvedWorkflow
 
 T = TypeVar("T")
 
+_POLL = 0.01
 # What every node imports, families included; imported once, by the fork server.
 NODE_MODULES = ("kubediffusion.node.process", "kubediffusion.models.sd3")
 
 
 class LocalRuntime:
-    """An async context manager; inside it, every model of every workflow is loaded.
+    """An async context manager; inside it the nodes run, and `ready` waits for their models.
 
         async with LocalRuntime([Path("examples/tiny-sd3.yaml")]) as runtime:
+            await runtime.ready()
             async for event in runtime.generate(request): ...
 
     A script that uses it needs the ``if __name__ == "__main__":`` that multiprocessing asks for.
@@ -52,7 +54,6 @@ class LocalRuntime:
         drain_seconds: float = 0.0,
         gateway: GatewayConfig | None = None,
         policy: RestartPolicy | None = None,
-        metrics: SupervisorMetrics | None = None,
         on_change: Callable[[NodeReport], None] | None = None,
     ) -> None:
         """`replicas` maps a role to the number of its nodes; `drain_seconds` is for the exit."""
@@ -64,7 +65,6 @@ class LocalRuntime:
         self._drain_seconds = drain_seconds
         self._gateway_config = gateway
         self._policy = policy
-        self._metrics = metrics
         self._on_change = on_change
         self._stack = AsyncExitStack()
         self.workflows: dict[str, ResolvedWorkflow] = {}
@@ -95,6 +95,12 @@ class LocalRuntime:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
+    async def ready(self) -> None:
+        """Until the gateway has every model it needs. Raises as Supervisor.wait_ready."""
+        await self.supervisor.wait_ready()
+        while not all(info.ready for info in self.gateway.list_workflows()):  # noqa: ASYNC110
+            await asyncio.sleep(_POLL)
+
     def generate(
         self, request: gateway_pb2.GenerateRequest
     ) -> AsyncIterator[gateway_pb2.GenerateEvent]:
@@ -118,17 +124,16 @@ class LocalRuntime:
             serve_metrics=self._serve_metrics,
             drain_seconds=self._drain_seconds,
             policy=self._policy,
-            metrics=self._metrics,
             on_change=self._on_change,
         )
         self._stack.push_async_callback(self._supervisor.stop, self._drain_seconds)
         self._supervisor.start()
         self._gateway = await asyncio.to_thread(_gateway, self._gateway_config, self._folder.shm)
+        self._supervisor.metrics = SupervisorMetrics(self._gateway.measures.registry)
         await self._gateway.start()
         self._stack.push_async_callback(self._gateway.stop, self._drain_seconds)
         self._gateway.set_workflows(self.workflows)
         self._gateway.set_nodes(self._supervisor.addresses)
-        await self._supervisor.wait_ready()
 
 
 def _resolve(files: Sequence[Path]) -> list[ResolvedWorkflow]:
