@@ -67,9 +67,9 @@ SERVER_OPTIONS: Options = (
 )
 
 
-def connect(address: str, options: Options = ()) -> grpc.aio.Channel:
+def connect(address: str) -> grpc.aio.Channel:
     """A channel to "host:port" or "unix:/path"; it connects on its first use."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS + options)
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 def bind(server: grpc.aio.Server, address: str) -> str:

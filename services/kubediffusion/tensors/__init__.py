@@ -10,6 +10,7 @@ Messages carry the reference; the bytes take the cheapest way by themselves.
 """
 
 from kubediffusion.tensors.arena import host_id, sweep
+from kubediffusion.tensors.buffers import tune_malloc
 from kubediffusion.tensors.fetch import Fetcher, serve_fetch
 from kubediffusion.tensors.store import INLINE_BYTES, Scope, StoreStats, TensorStore
 from kubediffusion.tensors.values import (
@@ -39,5 +40,6 @@ __all__ = [
     "numpy_dtype",
     "serve_fetch",
     "sweep",
+    "tune_malloc",
     "value_of",
 ]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from collections import defaultdict
@@ -11,6 +12,23 @@ from collections import defaultdict
 import numpy as np
 
 from kubediffusion.tensors.arena import size_class
+
+# From malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+
+
+def tune_malloc() -> None:
+    """For a process that moves tensors, once at its start: freed memory stays with the process.
+
+    By default glibc gives blocks back to the kernel as soon as they are freed, and each chunk of a
+    stream is paid for with page faults again: a quarter of a fetch's time. Another C library is
+    left as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 * 1024 * 1024)
+        mallopt(_M_TRIM_THRESHOLD, 64 * 1024 * 1024)
 
 
 class Buffers:

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -24,6 +26,8 @@ from kubediffusion.v1alpha1 import tensor_pb2
 # Measured: below, the event loop's work for each message dominates; above, copies miss the cache.
 CHUNK_BYTES = 512 * 1024
 MAX_CHANNELS = 64
+# So many tensors come in at a time; a network is full with fewer.
+MAX_PULLS = 4
 # Received tensors that were let go keep so much memory warm for the next ones.
 WARM_BYTES = 128 * 1024 * 1024
 # A fetch may take this long, and longer by its size at the slowest network we would serve on.
@@ -48,6 +52,9 @@ class Fetcher:
     In this order: bytes in the reference itself; this process' own store; a file in `shm_dir` of
     the same host; a gRPC stream from the producer. Only files under `shm_dir` are ever opened,
     whatever path a reference names.
+
+    A stream is received by a thread with grpc's blocking calls: that takes a quarter less time than
+    grpc.aio, and megabytes that are copied on the event loop would hold up everything else there.
     """
 
     def __init__(self, store: TensorStore | None = None, shm_dir: Path | None = None) -> None:
@@ -56,7 +63,8 @@ class Fetcher:
         self._shm_dir = shm_dir or (store.shm_dir if store is not None else None)
         self._mappings = Mappings()
         self._buffers = Buffers(WARM_BYTES)
-        self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
+        self._threads = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="fetch")
+        self._channels: OrderedDict[str, grpc.Channel] = OrderedDict()
         self._calls: Counter[str] = Counter()
 
     async def fetch(self, ref: tensor_pb2.TensorRef) -> np.ndarray:
@@ -81,7 +89,8 @@ class Fetcher:
         self._mappings.close()
         channels, self._channels = self._channels, OrderedDict()
         for channel in channels.values():
-            await channel.close()
+            channel.close()
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     def trim(self) -> None:
         """Frees memory that is only kept for the next fetch; call when idle."""
@@ -110,47 +119,49 @@ class Fetcher:
             raise _lost(ref, "its producer has no address")
         self._calls[ref.address] += 1
         try:
-            channel = await self._channel(ref.address)
-            return await self._receive(channel, ref)
-        except grpc.aio.AioRpcError as error:
+            call = self._method(ref.address)(
+                tensor_pb2.FetchRequest(tensor_id=ref.id, incarnation=ref.incarnation),
+                timeout=TIMEOUT_SECONDS + ref.nbytes / SLOWEST_BYTES_PER_SECOND,
+            )
+            try:
+                out = self._buffers.take(ref.nbytes)
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._threads, _receive, call, out, ref)
+            finally:
+                call.cancel()
+        except grpc.RpcError as error:
             raise _lost(ref, str(rpc.from_rpc_error(error, ref.address))) from error
         finally:
             self._calls[ref.address] -= 1
+        out.setflags(write=False)
+        return out
 
-    async def _receive(self, channel: grpc.aio.Channel, ref: tensor_pb2.TensorRef) -> np.ndarray:
-        fetch = channel.unary_stream(
+    def _method(self, address: str) -> grpc.UnaryStreamMultiCallable:
+        if address not in self._channels:
+            options = rpc.CHANNEL_OPTIONS + BULK_OPTIONS
+            self._channels[address] = grpc.insecure_channel(address, options=options)
+        self._channels.move_to_end(address)
+        idle = [a for a in self._channels if not self._calls[a]]
+        for old in idle[: max(0, len(self._channels) - MAX_CHANNELS)]:
+            del self._calls[old]
+            self._channels.pop(old).close()
+        return self._channels[address].unary_stream(
             FETCH_METHOD,
             request_serializer=tensor_pb2.FetchRequest.SerializeToString,
             response_deserializer=_payload,
         )
-        call = fetch(
-            tensor_pb2.FetchRequest(tensor_id=ref.id, incarnation=ref.incarnation),
-            timeout=TIMEOUT_SECONDS + ref.nbytes / SLOWEST_BYTES_PER_SECOND,
-        )
-        out = self._buffers.take(ref.nbytes)
-        done = 0
-        try:
-            async for piece in call:
-                if done + piece.nbytes > ref.nbytes:
-                    raise _lost(ref, "its producer sent more than its size")
-                out[done : done + piece.nbytes] = piece
-                done += piece.nbytes
-        finally:
-            call.cancel()
-        if done != ref.nbytes:
-            raise _lost(ref, f"its producer sent {done} of {ref.nbytes} bytes")
-        out.setflags(write=False)
-        return out
 
-    async def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = rpc.connect(address, BULK_OPTIONS)
-        self._channels.move_to_end(address)
-        idle = [a for a in self._channels if not self._calls[a] and a != address]
-        for old in idle[: max(0, len(self._channels) - MAX_CHANNELS)]:
-            del self._calls[old]
-            await self._channels.pop(old).close()
-        return self._channels[address]
+
+def _receive(call: Iterable[np.ndarray], out: np.ndarray, ref: tensor_pb2.TensorRef) -> None:
+    """In a thread: fills `out`."""
+    done = 0
+    for piece in call:
+        if done + piece.nbytes > ref.nbytes:
+            raise _lost(ref, "its producer sent more than its size")
+        out[done : done + piece.nbytes] = piece
+        done += piece.nbytes
+    if done != ref.nbytes:
+        raise _lost(ref, f"its producer sent {done} of {ref.nbytes} bytes")
 
 
 def _payload(message: bytes) -> np.ndarray:

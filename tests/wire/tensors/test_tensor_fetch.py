@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from producer import Producer, serve
 
+from kubediffusion import rpc
 from kubediffusion.errors import InvalidInput, TensorLost
 from kubediffusion.tensors import Fetcher, Scope, TensorStore, fetch, sweep
-from kubediffusion.v1alpha1 import tensor_pb2
+from kubediffusion.v1alpha1 import node_pb2_grpc, tensor_pb2
 
 SIZE = 3 * 2**20 + 17
 U8 = tensor_pb2.DTYPE_U8
@@ -265,19 +266,15 @@ async def test_in_one_process_nothing_is_copied_or_sent(tmp_path: Path) -> None:
         store.close()
 
 
-async def test_a_part_of_a_tensor_can_be_asked_for(remote: Fetcher) -> None:
+async def test_a_part_of_a_tensor_can_be_asked_for() -> None:
     store = TensorStore("n", budget_bytes=2**30)
     server = await serve(store, "127.0.0.1:0")
     data = np.arange(SIZE, dtype=np.uint32).view(np.uint8)[:SIZE]
     ref = store.put(Scope("g", "r"), "t", data, (SIZE,), U8)
-    channel = await remote._channel(ref.address)
-    call = channel.unary_stream(
-        fetch.FETCH_METHOD,
-        request_serializer=tensor_pb2.FetchRequest.SerializeToString,
-        response_deserializer=tensor_pb2.FetchChunk.FromString,
-    )
     request = tensor_pb2.FetchRequest(tensor_id=ref.id, offset=100, length=2**20)
-    got = b"".join([chunk.data async for chunk in call(request, timeout=20)])
+    async with rpc.connect(ref.address) as channel:
+        stub = node_pb2_grpc.ModelNodeStub(channel)
+        got = b"".join([chunk.data async for chunk in stub.Fetch(request, timeout=20)])
     assert got == data[100 : 100 + 2**20].tobytes()
     await server.stop(0)
 
