@@ -21,7 +21,9 @@ import numpy as np
 import torch
 
 # What flows through a port inside a node. An image leaves as uint8 (height, width, 3).
-PortValue: TypeAlias = "torch.Tensor | np.ndarray | str | int | float | bool | bytes | list[PortValue]"
+PortValue: TypeAlias = (
+    "torch.Tensor | np.ndarray | str | int | float | bool | bytes | list[PortValue]"
+)
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,10 @@ class Denoiser(Protocol):
         inputs: Mapping[str, PortValue],
         loras: Sequence[Lora] = (),
         resume: CheckpointState | None = None,
-        controlnets: Sequence[Model] = (),
-    ) -> Denoising: ...
+        controlnets: Sequence[tuple[str, Model]] = (),
+    ) -> Denoising:
+        """`controlnets` by name, in the workflow's order; ports `control.<name>.latents`."""
+        ...
 
     def batch_key(self, denoising: Denoising) -> object:
         """Denoisings with equal keys may share one forward in ``numerics: fast``."""
