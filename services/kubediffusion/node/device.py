@@ -20,13 +20,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from kubediffusion.errors import Cancelled, Internal, InvalidInput, KubeDiffusionError, Overloaded
+from kubediffusion.errors import Cancelled, Internal, InvalidInput, KubeDiffusionError
 from kubediffusion.models.base import Denoiser, PortValue
 from kubediffusion.node import ports
+from kubediffusion.node.failures import FailureReason, failure_of, is_poisoned
 from kubediffusion.node.tasks import Stop, Task
 from kubediffusion.scheduling.order import FairShare, Limits, next_batch
 from kubediffusion.tensors import TensorStore
@@ -34,7 +35,6 @@ from kubediffusion.v1alpha1 import node_pb2, tensor_pb2
 
 T = TypeVar("T")
 Outputs = dict[str, tensor_pb2.Value]
-FailureReason: TypeAlias = node_pb2.FailureReason
 
 log = logging.getLogger(__name__)
 
@@ -282,7 +282,10 @@ class Device:
                 self._inputs(task),
                 task.loras,
                 resume,
-                [helper.loaded for helper in task.helpers],
+                [
+                    (helper.name, resident.loaded)
+                    for helper, resident in zip(lease.helpers, task.helpers, strict=True)
+                ],
             )
             if not task.exact:
                 task.batch_key = (
@@ -380,34 +383,3 @@ class Device:
         while self._posts:
             function, arguments = self._posts.popleft()
             function(*arguments)
-
-
-def failure_of(error: Exception) -> tuple[KubeDiffusionError, FailureReason]:
-    """What a task's failure is called on the wire."""
-    if is_out_of_memory(error):
-        text = f"the device has no memory for it ({str(error).splitlines()[0]})"
-        return Overloaded(text, retry_after=1.0), node_pb2.FAILURE_REASON_OUT_OF_MEMORY
-    if isinstance(error, Overloaded):
-        return error, node_pb2.FAILURE_REASON_OUT_OF_MEMORY
-    if isinstance(error, InvalidInput):
-        return error, node_pb2.FAILURE_REASON_INVALID_INPUT
-    if isinstance(error, KubeDiffusionError):
-        return error, node_pb2.FAILURE_REASON_INTERNAL
-    text = f"unexpected {type(error).__name__}; see the node's log"
-    return Internal(text), node_pb2.FAILURE_REASON_INTERNAL
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def is_poisoned(error: BaseException) -> bool:
-    """A device error after which every further call fails: only a new process helps."""
-    if is_out_of_memory(error):
-        return False
-    fatal: type[BaseException] | None = getattr(torch, "AcceleratorError", None)
-    if fatal is not None and isinstance(error, fatal):
-        return True
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error)

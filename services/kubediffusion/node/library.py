@@ -80,4 +80,4 @@ class Library:
 
 def _needed(subfolder: str) -> tuple[str, ...]:
     own = f"{subfolder}/*" if subfolder else "*"
-    return (own, "model_index.json", "tokenizer*/*", "scheduler/*")
+    return (own, "model_index.json", "tokenizer*/*", "scheduler/*", "vae/config.json")
