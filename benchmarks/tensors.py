@@ -121,7 +121,7 @@ class _Producer:
 class _Consumer:
     """This process, with the other at the end of `pipe`."""
 
-    runner: asyncio.Runner
+    loop: asyncio.AbstractEventLoop
     pipe: Connection
     plain: socket.socket
     shm_dir: Path
@@ -138,7 +138,7 @@ class _Consumer:
     def shared(self, fetcher: Fetcher, copy_out: bool) -> float:
         """From the start of `put` there to the bytes here."""
         start, wire = self.ask("put")  # type: ignore[misc]
-        data = self.runner.run(fetcher.fetch(tensor_pb2.TensorRef.FromString(wire)))
+        data = self.loop.run_until_complete(fetcher.fetch(tensor_pb2.TensorRef.FromString(wire)))
         if copy_out:
             np.copyto(self.buffer, data)
         seconds = time.perf_counter() - start
@@ -148,7 +148,7 @@ class _Consumer:
 
     def fetched(self, fetcher: Fetcher, ref: tensor_pb2.TensorRef) -> float:
         start = time.perf_counter()
-        self.runner.run(fetcher.fetch(ref))
+        self.loop.run_until_complete(fetcher.fetch(ref))
         return LARGE / (time.perf_counter() - start)
 
     def received(self) -> float:
@@ -182,8 +182,10 @@ def _small(consumer: _Consumer, address: str) -> tuple[Callable[[], float], Call
             ECHO, request_serializer=tensor_pb2.Value.SerializeToString
         )
 
-    echo = consumer.runner.run(connect())
-    return lambda: consumer.runner.run(calls(True)), lambda: consumer.runner.run(calls(False))
+    echo = consumer.loop.run_until_complete(connect())
+    return lambda: consumer.loop.run_until_complete(
+        calls(True)
+    ), lambda: consumer.loop.run_until_complete(calls(False))
 
 
 def _compare(consumer: _Consumer, address: str, rounds: int) -> list[Row]:
@@ -216,7 +218,7 @@ def _compare(consumer: _Consumer, address: str, rounds: int) -> list[Row]:
     name, goal = "a 60 KiB tensor adds to a call", "ours <= 1 ms"
     rows.append(Row("tensors", name, added, 0, "ms", goal, added <= 1, rounds))
     for fetcher in (mapping, remote):
-        consumer.runner.run(fetcher.close())
+        consumer.loop.run_until_complete(fetcher.close())
     return rows
 
 
@@ -238,7 +240,7 @@ def run(rounds: int) -> list[Row]:
         plain, address = pipe.recv()
         with asyncio.Runner() as runner, socket.create_connection(plain) as connection:
             buffer = np.ones(LARGE, np.uint8)
-            consumer = _Consumer(runner, pipe, connection, shm_dir, buffer)
+            consumer = _Consumer(runner.get_loop(), pipe, connection, shm_dir, buffer)
             rows = _compare(consumer, address, rounds)
         pipe.send("stop")
         process.join(20)
