@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
+from kubediffusion import tensors
 from kubediffusion.errors import KubeDiffusionError
 from kubediffusion.node.config import NodeConfig, thread_count
 from kubediffusion.node.library import Library
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 def run_process(config: NodeConfig, library: Library | None = None) -> None:
     """See `kubediffusion.node.run`."""
     configure(config.log_level, json=config.log_json, node=config.node_id)
+    tensors.tune_malloc()
     torch.set_num_threads(thread_count(config))
     with contextlib.suppress(RuntimeError):  # set already, by whoever forked us
         torch.set_num_interop_threads(1)
