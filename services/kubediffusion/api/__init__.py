@@ -4,12 +4,15 @@
 
 from kubediffusion.api.identity import Arithmetic, identity
 from kubediffusion.api.load import did_you_mean, load, load_workflow
+from kubediffusion.api.model import DiffusionModel, ModelPool
 from kubediffusion.api.types import Source
 from kubediffusion.api.workflow import DiffusionWorkflow
 
 __all__ = [
     "Arithmetic",
+    "DiffusionModel",
     "DiffusionWorkflow",
+    "ModelPool",
     "Source",
     "did_you_mean",
     "identity",

@@ -250,20 +250,20 @@ def _child(kind: Any, part: str | int) -> Any:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         for name, info in kind.model_fields.items():
             if part == (info.alias or name):
-                return _bare(info.annotation)
+                return bare_type(info.annotation)
         return None
     arguments = typing.get_args(kind)
     if not arguments:
         return None
-    return _bare(arguments[0] if isinstance(part, int) else arguments[-1])
+    return bare_type(arguments[0] if isinstance(part, int) else arguments[-1])
 
 
-def _bare(annotation: Any) -> Any:
+def bare_type(annotation: Any) -> Any:
     """Without Annotated and without None."""
     while typing.get_origin(annotation) is typing.Annotated:
         annotation = typing.get_args(annotation)[0]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return _bare(next(a for a in typing.get_args(annotation) if a is not types.NoneType))
+        return bare_type(next(a for a in typing.get_args(annotation) if a is not types.NoneType))
     return annotation
 
 

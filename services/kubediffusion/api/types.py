@@ -60,9 +60,17 @@ Embedded = Annotated[
 ]
 
 
+def map_list(key: str) -> dict[str, Any]:
+    """Extra schema of a list whose items are told apart by `key`."""
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
+
+
 @dataclass(frozen=True)
 class Rule:
-    """A rule between fields: `holds` here, `cel` in the cluster. `field` is one of the type's."""
+    """A rule between fields: `holds` here, `cel` in the cluster. `field` is one of the type's.
+
+    Without `cel` the API server sees to it by other means, such as a list's keys.
+    """
 
     field: str
     cel: str

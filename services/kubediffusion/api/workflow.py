@@ -25,6 +25,7 @@ from kubediffusion.api.types import (
     Seconds,
     SignedDecimal,
     Source,
+    map_list,
 )
 
 
@@ -182,13 +183,16 @@ class GraphNode(Resource):
 class Graph(Resource):
     """Named nodes and the port that is the workflow's result."""
 
-    nodes: Annotated[tuple[GraphNode, ...], Field(min_length=1, max_length=64)]
+    nodes: Annotated[
+        tuple[GraphNode, ...],
+        Field(min_length=1, max_length=64, json_schema_extra=map_list("name")),
+    ]
     output: Annotated[str, Field(min_length=3, max_length=200)]
 
     rules = (
         Rule(
             field="nodes",
-            cel="self.nodes.all(a, self.nodes.exists_one(b, b.name == a.name))",
+            cel="",
             message="two nodes have one name: rename one",
             holds=lambda g: len({n.name for n in g.nodes}) == len(g.nodes),
         ),
@@ -201,20 +205,14 @@ class WorkflowSpec(Resource):
         tuple[ControlNet, ...],
         Field(
             max_length=8,
-            json_schema_extra={
-                "x-kubernetes-list-type": "map",
-                "x-kubernetes-list-map-keys": ["name"],
-            },
+            json_schema_extra=map_list("name"),
         ),
     ] = ()
     loras: Annotated[
         tuple[Lora, ...],
         Field(
             max_length=64,
-            json_schema_extra={
-                "x-kubernetes-list-type": "map",
-                "x-kubernetes-list-map-keys": ["name"],
-            },
+            json_schema_extra=map_list("name"),
         ),
     ] = ()
     numerics: Annotated[
@@ -237,14 +235,13 @@ class WorkflowSpec(Resource):
     rules = (
         Rule(
             field="controlNets",
-            cel="!has(self.controlNets) || self.controlNets.all(a, "
-            "self.controlNets.exists_one(b, b.name == a.name))",
+            cel="",
             message="two ControlNets have one name: rename one",
             holds=lambda s: len({c.name for c in s.control_nets}) == len(s.control_nets),
         ),
         Rule(
             field="loras",
-            cel="!has(self.loras) || self.loras.all(a, self.loras.exists_one(b, b.name == a.name))",
+            cel="",
             message="two LoRAs have one name: rename one",
             holds=lambda s: len({x.name for x in s.loras}) == len(s.loras),
         ),
@@ -277,10 +274,7 @@ class WorkflowStatus(Resource):
         tuple[Condition, ...],
         Field(
             max_length=16,
-            json_schema_extra={
-                "x-kubernetes-list-type": "map",
-                "x-kubernetes-list-map-keys": ["type"],
-            },
+            json_schema_extra=map_list("type"),
         ),
     ] = ()
 
