@@ -10,6 +10,7 @@ from kubediffusion.errors import Overloaded
 from kubediffusion.gateway.nodes import Fleet
 from kubediffusion.gateway.plan import PlannedTask
 from kubediffusion.scheduling.admission import AdmissionLimits, Admit, ShedReason, decide
+from kubediffusion.scheduling.fleet import serving
 from kubediffusion.scheduling.profiles import Profiles
 from kubediffusion.workflow import Slo
 
@@ -37,13 +38,11 @@ def solo_seconds(tasks: Sequence[PlannedTask], profiles: Profiles) -> float | No
 
 def work_ahead_seconds(tasks: Sequence[PlannedTask], fleet: Fleet) -> float:
     """The wait at the busiest of the models: of each, that of its least busy node."""
-    shortest: dict[str, float] = {}
-    for node in fleet.states():
-        if node.draining:
-            continue
-        for model in node.ready:
-            shortest[model] = min(shortest.get(model, node.queue_seconds), node.queue_seconds)
-    return max((shortest.get(model, 0.0) for model in {t.model for t in tasks}), default=0.0)
+    waits = (
+        min((node.queue_seconds for node in serving(fleet.states_with(model), model)), default=0.0)
+        for model in {task.model for task in tasks}
+    )
+    return max(waits, default=0.0)
 
 
 def admit(

@@ -257,12 +257,15 @@ class ImageRun:
     # ------------------------------------------------------------ events of a node
 
     def _accepted(self, attempt: Attempt, body: node_pb2.Accepted) -> None:
+        self._started(attempt)
+
+    def _started(self, attempt: Attempt) -> None:
         if not attempt.started:
             attempt.started = True
             self._listener.started(self, attempt.task.planned.stage, attempt.node.node_id)
 
     def _progress(self, attempt: Attempt, body: node_pb2.Progress) -> None:
-        self._accepted(attempt, node_pb2.Accepted())
+        self._started(attempt)
         attempt.task.step = body.step
         self._listener.stepped(self, body.step, body.total_steps)
 
@@ -284,7 +287,7 @@ class ImageRun:
         if missing:
             self.task_lost(attempt, "Internal", f"output {missing[0]!r} is not in Done")
             return
-        self._accepted(attempt, node_pb2.Accepted())
+        self._started(attempt)
         self._leave(attempt)
         task.status = TaskStatus.DONE
         task.outputs = body.outputs

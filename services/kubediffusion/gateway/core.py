@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ from kubediffusion.gateway.admission import admit, promised_seconds, solo_second
 from kubediffusion.gateway.config import GatewayConfig
 from kubediffusion.gateway.coordinator import ImageRun
 from kubediffusion.gateway.delivery import Delivery
-from kubediffusion.gateway.flights import Flight
+from kubediffusion.gateway.flights import Events, Flight
 from kubediffusion.gateway.hooks import load_hooks
 from kubediffusion.gateway.jobs import Jobs
 from kubediffusion.gateway.measures import Measures
@@ -96,21 +96,13 @@ class Gateway:
 
     # ------------------------------------------------------------ requests
 
-    async def generate(
-        self, request: gateway_pb2.GenerateRequest
-    ) -> AsyncGenerator[gateway_pb2.GenerateEvent, None]:
+    def generate(self, request: gateway_pb2.GenerateRequest) -> Events:
         """What happens to the request, up to Finished. Closing the iterator cancels it.
 
-        Raises InvalidInput, NotFound, Conflict, Overloaded, DeadlineExceeded, Unavailable,
-        Internal.
+        Its first event may raise InvalidInput, NotFound, Conflict, Overloaded or Unavailable, and
+        any later one DeadlineExceeded, Unavailable or Internal.
         """
-        flight = self._join_or_begin(request)
-        subscriber = flight.subscribe()
-        try:
-            async for event in subscriber.events():
-                yield event
-        finally:
-            flight.leave(subscriber)
+        return Events(lambda: self._join_or_begin(request).subscribe())
 
     async def check(self, request: gateway_pb2.GenerateRequest) -> None:
         """Raises what `generate` would raise of a request that is wrong in itself."""

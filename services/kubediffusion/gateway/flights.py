@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any
 
 from kubediffusion.errors import Internal, KubeDiffusionError
@@ -29,7 +29,7 @@ MAX_BACKLOG = 128
 
 
 class Subscriber:
-    """One listener's events, in order. Iterate once."""
+    """One listener's events, in order."""
 
     def __init__(self, flight: Flight) -> None:
         self._flight = flight
@@ -46,18 +46,68 @@ class Subscriber:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
-    async def events(self) -> AsyncIterator[gateway_pb2.GenerateEvent]:
-        """Raises the flight's error at its end, if it has one."""
+    async def next(self) -> gateway_pb2.GenerateEvent:
+        """Raises the flight's error at its end, if it has one, else StopAsyncIteration."""
         events, flight = self._events, self._flight
-        while True:
-            while events:
-                yield events.popleft()
-            if flight.ended:
+        while not events:
+            if flight.ended or not flight.has(self):
+                self.leave()
                 if flight.error is not None:
                     raise flight.error
-                return
+                raise StopAsyncIteration
             self._wake = asyncio.get_running_loop().create_future()
-            await self._wake
+            try:
+                await self._wake
+            except BaseException:  # whoever waits is being cancelled: nobody will come again
+                self.leave()
+                raise
+        return events.popleft()
+
+    def leave(self) -> None:
+        self._flight.leave(self)
+        self._events.clear()
+
+
+class Events(AsyncGenerator[gateway_pb2.GenerateEvent, None]):
+    """What a client iterates over. The request begins with the first event that is asked for, and
+    is cancelled by closing, by cancelling whoever waits, and by forgetting this object.
+
+    A generator in all but its frame, which every event of every request would have to enter.
+    """
+
+    def __init__(self, begin: Callable[[], Subscriber]) -> None:
+        self._begin = begin
+        self._subscriber: Subscriber | None = None
+        self._closed = False
+
+    def __anext__(self) -> Coroutine[Any, Any, gateway_pb2.GenerateEvent]:
+        if self._subscriber is None:
+            if self._closed:
+                return _nothing()
+            self._subscriber = self._begin()
+        return self._subscriber.next()
+
+    async def asend(self, value: None) -> gateway_pb2.GenerateEvent:
+        return await self.__anext__()
+
+    async def athrow(self, *error: Any) -> gateway_pb2.GenerateEvent:
+        self._leave()
+        raise error[-1] if isinstance(error[-1], BaseException) else error[0]
+
+    async def aclose(self) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self._closed = True
+        if self._subscriber is not None:
+            self._subscriber.leave()
+
+    def __del__(self) -> None:
+        self._leave()
+
+
+async def _nothing() -> gateway_pb2.GenerateEvent:
+    raise StopAsyncIteration
 
 
 class Flight:
@@ -108,6 +158,9 @@ class Flight:
         self._subscribers.discard(subscriber)
         if not self._subscribers and not self.ended:
             self.end(None)
+
+    def has(self, subscriber: Subscriber) -> bool:
+        return subscriber in self._subscribers
 
     @property
     def listeners(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
 
@@ -30,6 +30,7 @@ class Measures:
         self.registry = CollectorRegistry()
         self.metrics = GatewayMetrics(self.registry)
         self._gateway = gateway
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._workflows: set[str] = set()
         self._models: set[tuple[str, str]] = set()
@@ -50,11 +51,11 @@ class Measures:
         outcome = "cancelled" if error is None else _outcome(error)
         if flight.succeeded:
             outcome = "succeeded"
-            metrics.images.labels(workflow).inc(len(flight.runs))
+            self._child(metrics.images, workflow).inc(len(flight.runs))
             for run in flight.runs:
                 self._stages(workflow, run)
-        metrics.requests.labels(workflow, outcome).inc()
-        metrics.request_seconds.labels(workflow, outcome).observe(seconds)
+        self._child(metrics.requests, workflow, outcome).inc()
+        self._child(metrics.request_seconds, workflow, outcome).observe(seconds)
 
     def shed(self, workflow: str, error: Overloaded, tasks: Sequence[PlannedTask]) -> None:
         """`tasks` of all images that were not taken: what was shed is demand too."""
@@ -79,7 +80,15 @@ class Measures:
 
     def _stages(self, workflow: str, run: ImageRun) -> None:
         for time in run.times():
-            self.metrics.stage_seconds.labels(workflow, time.stage).observe(time.total_seconds)
+            seconds = self._child(self.metrics.stage_seconds, workflow, time.stage)
+            seconds.observe(time.total_seconds)
+
+    def _child(self, metric: Any, *labels: str) -> Any:
+        """`metric.labels`, which costs as much as the rest of a measurement, once."""
+        child = self._children.get((metric, labels))
+        if child is None:
+            child = self._children[metric, labels] = metric.labels(*labels)
+        return child
 
     def _label(self, workflow: str) -> str:
         """A name that some client made up is no label."""

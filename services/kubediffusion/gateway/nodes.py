@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 from kubediffusion.gateway.config import NodeLimits
 from kubediffusion.gateway.connections import NodeConnection
-from kubediffusion.scheduling.fleet import NodeState, missing_models
+from kubediffusion.scheduling.fleet import NodeState, serving
 from kubediffusion.scheduling.placement import Placement, PlacementTask, place
 from kubediffusion.scheduling.profiles import Profiles
 from kubediffusion.tensors import value_of
@@ -31,6 +31,8 @@ class Fleet:
         self.facts: dict[str, Facts] = {}
         self.connections: dict[str, NodeConnection] = {}
         self._retired: list[NodeConnection] = []
+        # Who has a model, or will have it; made anew when that has changed.
+        self._by_model: dict[str, list[NodeConnection]] = {}
         self._gateway_id = gateway_id
         self._limits = limits
         self._serial = 0
@@ -51,6 +53,7 @@ class Fleet:
                 connection = NodeConnection(address, self._gateway_id, self._limits, self, self.now)
                 self.connections[address] = connection
                 connection.start()
+        self._index()
 
     async def stop(self) -> None:
         self._closed = True
@@ -64,8 +67,15 @@ class Fleet:
         states = (connection.state for connection in self.connections.values())
         return [state for state in states if state is not None]
 
+    def states_with(self, model: str) -> list[NodeState]:
+        """The nodes that have a model or are loading it; the rest cannot matter to its tasks."""
+        states = (connection.state for connection in self._by_model.get(model, ()))
+        return [state for state in states if state is not None]
+
     def place(self, task: PlacementTask) -> Placement | None:
-        return place(task, self.states(), self.profiles, self.now())
+        # The hosts of inputs count too, whatever models they have.
+        nodes = self.states() if task.inputs else self.states_with(task.model)
+        return place(task, nodes, self.profiles, self.now())
 
     def next_serial(self) -> int:
         self._serial += 1
@@ -76,8 +86,9 @@ class Fleet:
         connection = self.connections.get(address)
         return connection is not None and connection.incarnation == incarnation
 
-    def missing(self, models: Sequence[str]) -> tuple[str, ...]:
-        return missing_models(self.states(), models)
+    def missing(self, models: Iterable[str]) -> tuple[str, ...]:
+        """Those of `models` that no node can run now."""
+        return tuple(m for m in dict.fromkeys(models) if not serving(self.states_with(m), m))
 
     def why_missing(self, model: str) -> str:
         """What the nodes say of a model that none of them serves; empty if nothing."""
@@ -105,9 +116,18 @@ class Fleet:
     def changed(self) -> None:
         if self._closed:
             return
+        self._index()
         for retry in list(self._waiting):
             if retry in self._waiting:
                 retry()
+
+    def _index(self) -> None:
+        self._by_model = {}
+        for connection in self.connections.values():
+            state = connection.state
+            if state is not None:
+                for model in (*state.ready, *state.loading):
+                    self._by_model.setdefault(model, []).append(connection)
 
     def described(self, connection: NodeConnection, models: list[node_pb2.ModelStatus]) -> None:
         for model in models:

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import grpc.aio
 
 from kubediffusion import rpc
@@ -21,16 +19,14 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def Generate(
-        self, request: gateway_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[gateway_pb2.GenerateEvent]:
+    async def Generate(self, request: gateway_pb2.GenerateRequest, context: Context) -> None:
         """A client that leaves cancels this handler, and so closes the events and the request."""
         async with rpc.answering(context):
             _check_protocol(request)
             events = self._gateway.generate(request)
             try:
                 async for event in events:
-                    yield event
+                    await context.write(event)
             finally:
                 await events.aclose()
 

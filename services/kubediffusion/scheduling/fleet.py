@@ -42,12 +42,3 @@ class NodeState:
 def serving(nodes: Iterable[NodeState], model: str) -> list[NodeState]:
     """The nodes that can run `model` now, draining ones left out."""
     return [node for node in nodes if model in node.ready and not node.draining]
-
-
-def missing_models(nodes: Iterable[NodeState], models: Iterable[str]) -> tuple[str, ...]:
-    """Those of `models` that no node serves, in their order, each once."""
-    known: set[str] = set()
-    for node in nodes:
-        if not node.draining:
-            known |= node.ready
-    return tuple(dict.fromkeys(model for model in models if model not in known))

@@ -30,19 +30,25 @@ class CostDefaults:
 class _Window:
     """The last measurements of one thing and their median."""
 
-    __slots__ = ("median", "values")
+    __slots__ = ("_median", "values")
 
     def __init__(self) -> None:
         self.values: deque[float] = deque(maxlen=WINDOW)
-        self.median = 0.0
+        self._median: float | None = None
 
     def add(self, value: float) -> None:
         self.values.append(value)
-        ordered = sorted(self.values)
-        middle = len(ordered) // 2
-        self.median = (
-            ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-        )
+        self._median = None
+
+    @property
+    def median(self) -> float:
+        if self._median is None:
+            ordered = sorted(self.values)
+            middle = len(ordered) // 2
+            self._median = (
+                ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+            )
+        return self._median
 
 
 class _StageProfile:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubediffusion.scheduling.fleet import NodeState, missing_models, serving
+from kubediffusion.scheduling.fleet import NodeState, serving
 from kubediffusion.scheduling.placement import PlacementTask, place
 from kubediffusion.scheduling.profiles import CostDefaults, Profiles
 
@@ -150,8 +150,7 @@ def test_waiting_for_a_node_that_is_nearly_loaded_may_be_best():
     assert place(PlacementTask("a", "encode"), [busy, stuck], profiles, NOW).address == "n1"
 
 
-def test_missing_models_are_those_that_no_node_serves():
-    nodes = [node("n1"), replace(node("n2"), ready=frozenset({"b"}), draining=True)]
-    assert missing_models(nodes, ["b", "a", "c", "b"]) == ("b", "c")
-    assert serving(nodes, "b") == []
+def test_a_draining_node_serves_nothing():
+    nodes = [node("n1"), node("n2", draining=True)]
     assert [n.address for n in serving(nodes, "a")] == ["n1"]
+    assert serving(nodes, "b") == []
