@@ -56,11 +56,6 @@ class Buffers:
         weakref.finalize(view, self._give_back, memory).atexit = False
         return view
 
-    def clear(self) -> None:
-        with self._lock:
-            self._free.clear()
-            self._held = 0
-
     def _give_back(self, memory: np.ndarray) -> None:
         with self._lock:
             if self._held + memory.nbytes <= self._limit:

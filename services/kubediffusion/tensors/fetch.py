@@ -61,7 +61,7 @@ class Fetcher:
         """`shm_dir` is the folder that the producers of this host share; the store's by default."""
         self._store = store
         self._shm_dir = shm_dir or (store.shm_dir if store is not None else None)
-        self._mappings = Mappings()
+        self._mappings = store.mappings if store is not None else Mappings()
         self._buffers = Buffers(WARM_BYTES)
         self._threads = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="fetch")
         self._channels: OrderedDict[str, grpc.Channel] = OrderedDict()
@@ -93,9 +93,8 @@ class Fetcher:
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     def trim(self) -> None:
-        """Frees memory that is only kept for the next fetch; call when idle."""
+        """Lets go of files that their producers have removed; call now and then."""
         self._mappings.trim()
-        self._buffers.clear()
 
     # ------------------------------------------------------------ shared memory
 

@@ -86,7 +86,9 @@ class TensorStore:
         self._folder = ArenaFolder(shm_dir, self.incarnation) if shm_dir is not None else None
         self._max_files = _max_files()
         self._files = 0
-        self._mappings = Mappings()
+        # Views of files, this node's and others': the node's fetcher uses them too, and `expire`
+        # lets go of what their producers have removed.
+        self.mappings = Mappings()
         self._warned = False
         self._closed = False
 
@@ -149,7 +151,7 @@ class TensorStore:
     def _view(self, entry: _Entry) -> np.ndarray | None:
         if entry.arena is None:
             return entry.private
-        return self._mappings.view(entry.arena.path, entry.nbytes)
+        return self.mappings.view(entry.arena.path, entry.nbytes)
 
     # ------------------------------------------------------------ lifetimes
 
@@ -174,7 +176,7 @@ class TensorStore:
                 del self._leases[gateway_id]
             for scope in [s for s in self._scopes if s.gateway_id in lapsed]:
                 self._free(scope)
-        self._mappings.trim()
+        self.mappings.trim()
         return lapsed
 
     def release(self, gateway_id: str, request_ids: Iterable[str]) -> None:
@@ -212,7 +214,7 @@ class TensorStore:
                 self._free(scope)
             self._shrink(to=0)
             self._leases.clear()
-            self._mappings.close()
+            self.mappings.close()
             if self._folder is not None:
                 self._folder.close()
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 import subprocess
 import sys
@@ -48,6 +49,7 @@ class Producer:
         command = [sys.executable, __file__, str(shm_dir or ""), address]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self._requests = itertools.count()
 
     def ask(self, **order: Any) -> str:
         assert self.process.stdin is not None
@@ -55,12 +57,13 @@ class Producer:
         print(json.dumps(order), file=self.process.stdin, flush=True)
         return self.process.stdout.readline().strip()
 
-    def put(self, fill: int, size: int, request: str = "r") -> tensor_pb2.TensorRef:
-        answer = self.ask(do="put", fill=fill, size=size, request=request)
+    def put(self, fill: int, size: int) -> tensor_pb2.TensorRef:
+        """A tensor of one value, of a request of its own."""
+        answer = self.ask(do="put", fill=fill, size=size, request=str(next(self._requests)))
         return tensor_pb2.TensorRef.FromString(base64.b64decode(answer))
 
-    def release(self, request: str = "r") -> None:
-        self.ask(do="release", request=request)
+    def release(self, ref: tensor_pb2.TensorRef) -> None:
+        self.ask(do="release", request=ref.id.split("/")[1])
 
     def kill(self) -> None:
         self.process.kill()
