@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks.reference import Case, Setup, inputs, workflow
 from kubediffusion import api, models, sources
 from kubediffusion import workflow as language
-from kubediffusion.models.base import Lora, LoadSpec, Model
+from kubediffusion.models.base import LoadSpec, Lora, Model
 
 
 class InProcess:
