@@ -9,6 +9,7 @@ Rules between fields become CEL (``x-kubernetes-validations``).
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -178,15 +179,16 @@ def _structural(schema: Schema, kind: Any) -> Schema:
         result |= {"type": "string", "enum": [schema["const"]]}
     if schema.get("default") not in (None, "", [], {}):
         result["default"] = schema["default"]
-    arguments = cast("tuple[Any, ...]", getattr(kind, "__args__", ()))
+    arguments = typing.get_args(kind)
     if "items" in schema:
         result["items"] = _structural(schema["items"], bare_type(arguments[0]))
     # What keys of a map look like, a structural schema cannot say; the types do.
     patterns: Schema = schema.get("patternProperties", {})
-    values: list[Schema | None] = [schema.get("additionalProperties"), *patterns.values()]
+    values: list[object] = [schema.get("additionalProperties"), *patterns.values()]
     for value in values:
-        if value:
-            result["additionalProperties"] = _structural(value, bare_type(arguments[-1]))
+        if isinstance(value, dict):
+            child = bare_type(arguments[-1])
+            result["additionalProperties"] = _structural(cast(Schema, value), child)
     return result
 
 
