@@ -17,6 +17,7 @@ from benchmarks.reference import Case, Setup, inputs, workflow
 from kubediffusion import api, models, sources
 from kubediffusion import workflow as language
 from kubediffusion.models.base import LoadSpec, Lora, Model
+from kubediffusion.node import ports
 
 
 class InProcess:
@@ -42,7 +43,7 @@ class InProcess:
         """Everything before the denoising: its task, its inputs, and what `start` takes else."""
         made: dict[tuple[str, str], Any] = {}
         for task in self.tasks(case):
-            ports = {
+            given = {
                 port: made[value.task, value.port]
                 if isinstance(value, language.PortRef)
                 else value.value
@@ -51,14 +52,14 @@ class InProcess:
             loras = [_lora(use) for use in task.loras]
             if task.stage == "denoise":
                 nets = [(n, self.models[f"controlnet.{n}"]) for n, _ in task.controlnets]
-                return task, ports, {"loras": loras, "controlnets": nets}
-            outputs = self.models[task.role].run(task.stage, ports, loras)
+                return task, given, {"loras": loras, "controlnets": nets}
+            outputs = self.models[task.role].run(task.stage, given, loras)
             made |= {(task.name, port): _wired(outputs[port]) for port in task.outputs}
         raise AssertionError("no denoise task")
 
     def start(self, case: Case) -> Any:
-        _, ports, rest = self.prepare(case)
-        return self.denoiser.start(ports, **rest)
+        _, given, rest = self.prepare(case)
+        return self.denoiser.start(given, **rest)
 
     @property
     def denoiser(self) -> Any:
@@ -78,8 +79,8 @@ class InProcess:
 
 
 def _wired(value: Any) -> Any:
-    """As it comes out of a message: row-major, whatever its strides were."""
-    return value.contiguous().clone() if isinstance(value, torch.Tensor) else value
+    """As it comes out of a message."""
+    return ports.tensor(ports.inline("", value), {}) if isinstance(value, torch.Tensor) else value
 
 
 def _load_spec(ref: language.ModelRef) -> LoadSpec:

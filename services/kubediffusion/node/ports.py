@@ -17,6 +17,7 @@ from kubediffusion.v1alpha1 import node_pb2, tensor_pb2
 
 # No port of any workflow is larger; a reference that says so is nonsense.
 MAX_TENSOR_BYTES = 8 * 2**30
+CHANNELS_LAST = "channels_last"
 
 Arrays = dict[str, np.ndarray]
 
@@ -27,6 +28,10 @@ def check(ref: tensor_pb2.TensorRef) -> None:
         raise InvalidInput(f"tensor {ref.id!r} of shape {list(ref.shape)} cannot be")
     if ref.nbytes != tensors.nbytes_of(ref.shape, ref.dtype):
         raise InvalidInput(f"tensor {ref.id}: {ref.nbytes} bytes are not its shape's")
+    if ref.memory_format and (ref.memory_format != CHANNELS_LAST or len(ref.shape) != 4):
+        raise InvalidInput(
+            f"tensor {ref.id} of shape {list(ref.shape)} cannot be {ref.memory_format!r}"
+        )
 
 
 def references(value: tensor_pb2.Value) -> Iterator[tensor_pb2.TensorRef]:
@@ -61,7 +66,12 @@ def tensor(ref: tensor_pb2.TensorRef, fetched: Mapping[str, np.ndarray]) -> torc
     """A copy in this process' own memory: what was fetched may be its producer's."""
     array = inline_array(ref) if ref.HasField("inline") else fetched[ref.id]
     own = torch.from_numpy(array.copy())
-    return own.view(torch.bfloat16) if ref.dtype == tensor_pb2.DTYPE_BF16 else own
+    if ref.dtype == tensor_pb2.DTYPE_BF16:
+        own = own.view(torch.bfloat16)
+    if ref.memory_format != CHANNELS_LAST:
+        return own
+    n, c, h, w = ref.shape
+    return own.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def encode(
@@ -71,6 +81,7 @@ def encode(
     if isinstance(value, torch.Tensor | np.ndarray):
         array, dtype = plain(value)
         ref = store.put(scope, name, array, array.shape, dtype, inline=inline)
+        _describe(ref, value)
         return tensor_pb2.Value(tensor=ref)
     if isinstance(value, list):
         items = [
@@ -81,20 +92,40 @@ def encode(
 
 
 def plain(value: torch.Tensor | np.ndarray) -> tuple[np.ndarray, tensor_pb2.DType]:
-    """Contiguous, on the host; bfloat16 as uint16."""
+    """On the host, its bytes in their own order under its shape; bfloat16 as uint16."""
     if isinstance(value, np.ndarray):
         return np.ascontiguousarray(value), tensors.dtype_of(value.dtype)
-    host = value.detach().cpu().contiguous()
+    host = value.detach().cpu()
+    if _channels_last(value):
+        host = host.permute(0, 2, 3, 1)
+    host = host.contiguous()
     bits = host.view(torch.uint16) if host.dtype == torch.bfloat16 else host
-    return bits.numpy(), tensors.dtype_of(str(value.dtype))
+    return bits.numpy().reshape(value.shape), tensors.dtype_of(str(value.dtype))
+
+
+def _channels_last(value: torch.Tensor | np.ndarray) -> bool:
+    """Where both orders are the same bytes, row-major is its name."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.ndim == 4
+        and not value.is_contiguous()
+        and value.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _describe(ref: tensor_pb2.TensorRef, value: torch.Tensor | np.ndarray) -> None:
+    if _channels_last(value):
+        ref.memory_format = CHANNELS_LAST
 
 
 def inline(tensor_id: str, value: torch.Tensor | np.ndarray) -> tensor_pb2.TensorRef:
     """A reference that has the bytes in it, whatever their size: it outlives this node."""
     array, dtype = plain(value)
-    return tensor_pb2.TensorRef(
+    ref = tensor_pb2.TensorRef(
         id=tensor_id, shape=array.shape, dtype=dtype, nbytes=array.nbytes, inline=array.tobytes()
     )
+    _describe(ref, value)
+    return ref
 
 
 def encode_checkpoint(state: CheckpointState, prefix: str, fingerprint: str) -> node_pb2.Checkpoint:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#kubediffusion/v1alpha1/tensor.proto\x12\x16kubediffusion.v1alpha1\"\xf8\x02\n\tTensorRef\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12,\n\x05\x64type\x18\x03 \x01(\x0e\x32\x1d.kubediffusion.v1alpha1.DType\x12\x0e\n\x06nbytes\x18\x04 \x01(\x04\x12\x13\n\x06inline\x18\x05 \x01(\x0cH\x00\x88\x01\x01\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12@\n\rshared_memory\x18\x07 \x01(\x0b\x32$.kubediffusion.v1alpha1.SharedMemoryH\x01\x88\x01\x01\x12\x13\n\x0bincarnation\x18\x08 \x01(\t\x12\x45\n\ntransports\x18\x0f \x03(\x0b\x32\x31.kubediffusion.v1alpha1.TensorRef.TransportsEntry\x1a\x31\n\x0fTransportsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x42\t\n\x07_inlineB\x10\n\x0e_shared_memory\"=\n\x0cSharedMemory\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"V\n\x0c\x46\x65tchRequest\x12\x11\n\ttensor_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\"\x1a\n\nFetchChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xcc\x01\n\x05Value\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x11\n\x07integer\x18\x02 \x01(\x03H\x00\x12\x10\n\x06number\x18\x03 \x01(\x01H\x00\x12\x0e\n\x04\x66lag\x18\x04 \x01(\x08H\x00\x12\x0e\n\x04\x62lob\x18\x05 \x01(\x0cH\x00\x12\x33\n\x06tensor\x18\x06 \x01(\x0b\x32!.kubediffusion.v1alpha1.TensorRefH\x00\x12\x31\n\x04list\x18\x07 \x01(\x0b\x32!.kubediffusion.v1alpha1.ValueListH\x00\x42\x06\n\x04kind\":\n\tValueList\x12-\n\x06values\x18\x01 \x03(\x0b\x32\x1d.kubediffusion.v1alpha1.Value*\x97\x01\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\r\n\tDTYPE_F32\x10\x01\x12\r\n\tDTYPE_F16\x10\x02\x12\x0e\n\nDTYPE_BF16\x10\x03\x12\x0c\n\x08\x44TYPE_U8\x10\x04\x12\r\n\tDTYPE_I32\x10\x05\x12\r\n\tDTYPE_I64\x10\x06\x12\x0e\n\nDTYPE_BOOL\x10\x07\x12\r\n\tDTYPE_F64\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#kubediffusion/v1alpha1/tensor.proto\x12\x16kubediffusion.v1alpha1\"\x8f\x03\n\tTensorRef\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12,\n\x05\x64type\x18\x03 \x01(\x0e\x32\x1d.kubediffusion.v1alpha1.DType\x12\x0e\n\x06nbytes\x18\x04 \x01(\x04\x12\x13\n\x06inline\x18\x05 \x01(\x0cH\x00\x88\x01\x01\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12@\n\rshared_memory\x18\x07 \x01(\x0b\x32$.kubediffusion.v1alpha1.SharedMemoryH\x01\x88\x01\x01\x12\x13\n\x0bincarnation\x18\x08 \x01(\t\x12\x15\n\rmemory_format\x18\t \x01(\t\x12\x45\n\ntransports\x18\x0f \x03(\x0b\x32\x31.kubediffusion.v1alpha1.TensorRef.TransportsEntry\x1a\x31\n\x0fTransportsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x42\t\n\x07_inlineB\x10\n\x0e_shared_memory\"=\n\x0cSharedMemory\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"V\n\x0c\x46\x65tchRequest\x12\x11\n\ttensor_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\"\x1a\n\nFetchChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xcc\x01\n\x05Value\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x11\n\x07integer\x18\x02 \x01(\x03H\x00\x12\x10\n\x06number\x18\x03 \x01(\x01H\x00\x12\x0e\n\x04\x66lag\x18\x04 \x01(\x08H\x00\x12\x0e\n\x04\x62lob\x18\x05 \x01(\x0cH\x00\x12\x33\n\x06tensor\x18\x06 \x01(\x0b\x32!.kubediffusion.v1alpha1.TensorRefH\x00\x12\x31\n\x04list\x18\x07 \x01(\x0b\x32!.kubediffusion.v1alpha1.ValueListH\x00\x42\x06\n\x04kind\":\n\tValueList\x12-\n\x06values\x18\x01 \x03(\x0b\x32\x1d.kubediffusion.v1alpha1.Value*\x97\x01\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\r\n\tDTYPE_F32\x10\x01\x12\r\n\tDTYPE_F16\x10\x02\x12\x0e\n\nDTYPE_BF16\x10\x03\x12\x0c\n\x08\x44TYPE_U8\x10\x04\x12\r\n\tDTYPE_I32\x10\x05\x12\r\n\tDTYPE_I64\x10\x06\x12\x0e\n\nDTYPE_BOOL\x10\x07\x12\r\n\tDTYPE_F64\x10\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,20 +33,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TENSORREF_TRANSPORTSENTRY']._loaded_options = None
   _globals['_TENSORREF_TRANSPORTSENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=889
-  _globals['_DTYPE']._serialized_end=1040
+  _globals['_DTYPE']._serialized_start=912
+  _globals['_DTYPE']._serialized_end=1063
   _globals['_TENSORREF']._serialized_start=64
-  _globals['_TENSORREF']._serialized_end=440
-  _globals['_TENSORREF_TRANSPORTSENTRY']._serialized_start=362
-  _globals['_TENSORREF_TRANSPORTSENTRY']._serialized_end=411
-  _globals['_SHAREDMEMORY']._serialized_start=442
-  _globals['_SHAREDMEMORY']._serialized_end=503
-  _globals['_FETCHREQUEST']._serialized_start=505
-  _globals['_FETCHREQUEST']._serialized_end=591
-  _globals['_FETCHCHUNK']._serialized_start=593
-  _globals['_FETCHCHUNK']._serialized_end=619
-  _globals['_VALUE']._serialized_start=622
-  _globals['_VALUE']._serialized_end=826
-  _globals['_VALUELIST']._serialized_start=828
-  _globals['_VALUELIST']._serialized_end=886
+  _globals['_TENSORREF']._serialized_end=463
+  _globals['_TENSORREF_TRANSPORTSENTRY']._serialized_start=385
+  _globals['_TENSORREF_TRANSPORTSENTRY']._serialized_end=434
+  _globals['_SHAREDMEMORY']._serialized_start=465
+  _globals['_SHAREDMEMORY']._serialized_end=526
+  _globals['_FETCHREQUEST']._serialized_start=528
+  _globals['_FETCHREQUEST']._serialized_end=614
+  _globals['_FETCHCHUNK']._serialized_start=616
+  _globals['_FETCHCHUNK']._serialized_end=642
+  _globals['_VALUE']._serialized_start=645
+  _globals['_VALUE']._serialized_end=849
+  _globals['_VALUELIST']._serialized_start=851
+  _globals['_VALUELIST']._serialized_end=909
 # @@protoc_insertion_point(module_scope)

@@ -29,7 +29,7 @@ DTYPE_BOOL: DType
 DTYPE_F64: DType
 
 class TensorRef(_message.Message):
-    __slots__ = ("id", "shape", "dtype", "nbytes", "inline", "address", "shared_memory", "incarnation", "transports")
+    __slots__ = ("id", "shape", "dtype", "nbytes", "inline", "address", "shared_memory", "incarnation", "memory_format", "transports")
     class TransportsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,7 @@ class TensorRef(_message.Message):
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FORMAT_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     shape: _containers.RepeatedScalarFieldContainer[int]
@@ -54,8 +55,9 @@ class TensorRef(_message.Message):
     address: str
     shared_memory: SharedMemory
     incarnation: str
+    memory_format: str
     transports: _containers.ScalarMap[str, bytes]
-    def __init__(self, id: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DType, str]] = ..., nbytes: _Optional[int] = ..., inline: _Optional[bytes] = ..., address: _Optional[str] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., incarnation: _Optional[str] = ..., transports: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DType, str]] = ..., nbytes: _Optional[int] = ..., inline: _Optional[bytes] = ..., address: _Optional[str] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., incarnation: _Optional[str] = ..., memory_format: _Optional[str] = ..., transports: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
     __slots__ = ("host_id", "path", "offset")
