@@ -60,7 +60,9 @@ class Fetcher:
     def __init__(self, store: TensorStore | None = None, shm_dir: Path | None = None) -> None:
         """`shm_dir` is the folder that the producers of this host share; the store's by default."""
         self._store = store
-        self._shm_dir = shm_dir or (store.shm_dir if store is not None else None)
+        if shm_dir is None and store is not None:
+            shm_dir = store.shm_dir
+        self._shm_dir = shm_dir.absolute() if shm_dir is not None else None
         self._mappings = store.mappings if store is not None else Mappings()
         self._buffers = Buffers(WARM_BYTES)
         self._threads = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="fetch")

@@ -79,11 +79,14 @@ class TensorStore:
         # Where Fetch is answered; set once the server listens, before the first `put`.
         self.address = address
         self.incarnation = uuid4().hex
-        self.shm_dir = shm_dir
+        # References carry paths, which must mean the same from another working directory.
+        self.shm_dir = shm_dir.absolute() if shm_dir is not None else None
         self.budget_bytes = budget_bytes
         self._now = now
         self._lock = threading.Lock()
-        self._folder = ArenaFolder(shm_dir, self.incarnation) if shm_dir is not None else None
+        self._folder = (
+            ArenaFolder(self.shm_dir, self.incarnation) if self.shm_dir is not None else None
+        )
         self._max_files = _max_files()
         self._files = 0
         # Views of files, this node's and others': the node's fetcher uses them too, and `expire`

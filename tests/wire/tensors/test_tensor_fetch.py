@@ -257,6 +257,19 @@ def test_a_consumer_that_dies_gives_the_file_back(tmp_path: Path) -> None:
     store.close()
 
 
+async def test_a_relative_folder_is_the_same_for_everyone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = TensorStore("n", budget_bytes=2**30, shm_dir=Path("shm"))
+    ref = store.put(Scope("g", "r"), "t", np.full(SIZE, 4, np.uint8), (SIZE,), U8)
+    fetcher = Fetcher(shm_dir=Path("shm"))
+    monkeypatch.chdir("/")
+    assert ((await fetcher.fetch(without_address(ref))) == 4).all()
+    await fetcher.close()
+    store.close()
+
+
 async def test_in_one_process_nothing_is_copied_or_sent(tmp_path: Path) -> None:
     for shm_dir in (None, tmp_path):
         store = TensorStore("n", budget_bytes=2**30, shm_dir=shm_dir)
