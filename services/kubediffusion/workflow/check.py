@@ -128,7 +128,7 @@ class _Checker:
             inputs.append((name, feed))
         for name, port in signature.inputs.items():
             if port.required and name not in node.inputs:
-                self._fail(f"{path}.inputs.{name}", f"is required: a {port.type}")
+                self._fail(f"{path}.inputs.{name}", f"is required ({port.type})")
         when = self._whens[node.name]
         return Node(
             node.name, node.model, node.stage, tuple(inputs), tuple(signature.outputs), when
@@ -168,7 +168,7 @@ class _Checker:
             hint = did_you_mean(name, self._scope.inputs)
             raise InvalidWorkflow(f"there is no input {name!r}; {hint}", field=path)
         if not _fits(spec.type, port.type.value):
-            message = f"the port is a {port.type}, the input {name} is a {spec.type}"
+            message = f"the port takes {port.type}, the input {name} is {spec.type}"
             raise InvalidWorkflow(message, field=path)
         if port.choices:
             message = f"must be a constant: one of {', '.join(port.choices)}"
@@ -181,12 +181,12 @@ class _Checker:
     ) -> PortRef:
         """The producer's port; ``NODE.OUTPUT``, where NODE may have dots of its own."""
         if not isinstance(given, str) or "." not in given or given.startswith(("$", "=")):
-            message = f"the port is a {port.type}: refer to a node's output as NODE.OUTPUT"
+            message = f"the port takes {port.type}: refer to a node's output as NODE.OUTPUT"
             raise InvalidWorkflow(message, field=path)
         ref = self._lookup(given, path)
         found = self._signatures[ref.task].outputs[ref.port]
         if found != port.type:
-            message = f"the port is a {port.type}, {given} is a {found}"
+            message = f"the port takes {port.type}, {given} is {found}"
             raise InvalidWorkflow(message, field=path)
         if port.required and not alternative and not self._always(node, ref.task):
             message = (
@@ -217,7 +217,7 @@ class _Checker:
     def _computed(self, port: Port, text: str, path: str) -> Computed:
         expression = self._scope.expression(text, path)
         if not _fits(expression.type, port.type.value):
-            message = f"the port is a {port.type}, this is a {expression.type}"
+            message = f"the port takes {port.type}, this is {expression.type}"
             raise InvalidWorkflow(message, field=path)
         self._read |= expression.inputs
         return Computed(expression)
@@ -243,7 +243,7 @@ class _Checker:
             return PortRef("", "")
         found = self._signatures[ref.task].outputs[ref.port]
         if found != pixels:
-            self._fail(path, f"a workflow gives a picture, {self._spec.output} is a {found}")
+            self._fail(path, f"a workflow gives a picture, {self._spec.output} is {found}")
         if self._whens[ref.task] is not None:
             self._fail(path, f"{ref.task} may be left out; the output's node has no condition")
         return ref
@@ -256,7 +256,7 @@ class _Checker:
             path = f"spec.inputs.{name}.default"
             expression = self._scope.expression(spec.default_expression, path)
             if expression.inputs or not _fits(expression.type, spec.type):
-                message = f"must be an expression over $facts that gives a {spec.type}"
+                message = f"must be an expression over $facts that gives {spec.type}"
                 raise InvalidWorkflow(message, field=path)
             defaults[name] = expression
         return defaults
@@ -322,7 +322,7 @@ def _constant(port: Port, given: object, path: str) -> Value:
     wanted = kinds.get(port.type.value, ()) if port.type.value else ()
     is_flag = isinstance(given, bool)
     if not isinstance(given, wanted) or is_flag != (port.type.value is InputType.FLAG):
-        raise InvalidWorkflow(f"the port is a {port.type}, {given!r} is none", field=path)
+        raise InvalidWorkflow(f"the port takes {port.type}, which {given!r} is not", field=path)
     if port.choices and given not in port.choices:
         hint = did_you_mean(str(given), port.choices)
         raise InvalidWorkflow(f"{given!r} is not known here; {hint}", field=path)

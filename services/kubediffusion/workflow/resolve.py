@@ -330,5 +330,5 @@ def _changed(base: InputSpec, given: Input) -> InputSpec:
         return replace(changed, default=None, default_expression=default[1:].strip())
     path = f"spec.inputs.{base.name}.default"
     if not isinstance(default, (str, int, float, bool)) or base.type is InputType.IMAGE:
-        raise InvalidWorkflow(f"cannot be the default of a {base.type}", field=path)
+        raise InvalidWorkflow(f"cannot be the default of an input of type {base.type}", field=path)
     return replace(changed, default=default, default_expression="")
