@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from kubediffusion.cli import shell
 from kubediffusion.cli.inputs import Typed, read_inputs, read_loras
 from kubediffusion.cli.pictures import Destination
 from kubediffusion.client.events import Event, Finished, Image, event_of
-from kubediffusion.errors import Internal, InvalidInput, Unavailable
+from kubediffusion.errors import Internal, InvalidInput
 
 if TYPE_CHECKING:
     from kubediffusion.cli.progress import GenerationView
@@ -82,13 +82,11 @@ def run_here(
 
 def _check(resolved: ResolvedWorkflow, inputs: dict[str, object], loras: dict[str, float]) -> None:
     """What can be known to be wrong before anything is loaded."""
-    from contextlib import suppress
-
     from kubediffusion.workflow import bind
 
-    # Facts come with the loaded models; what needs them is checked then.
-    with suppress(Unavailable):
-        bind(resolved, inputs, loras, {}, 0)
+    # Defaults that come from a model are not known yet.
+    known = replace(resolved, graph=replace(resolved.graph, defaults={}))
+    bind(known, inputs, loras, {}, 0)
 
 
 async def _run_here(

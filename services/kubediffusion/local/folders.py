@@ -123,9 +123,14 @@ def _read_state(fields: Mapping[str, object]) -> RunState:
 def sweep(base: Path) -> None:
     """Removes what runs left that ended without a chance to clean up."""
     for run in _runs(base):
-        with contextlib.suppress(OSError), _stale(run) as stale:
-            if stale:
-                remove_run(run)
+        remove_if_stale(run)
+
+
+def remove_if_stale(run: Path) -> None:
+    """Removes the files of a run that nobody holds any more."""
+    with contextlib.suppress(OSError), _stale(run) as stale:
+        if stale:
+            remove_run(run)
 
 
 def remove_run(path: Path) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from kubediffusion.errors import Unavailable
-from kubediffusion.local.folders import remove_run
+from kubediffusion.local.folders import remove_if_stale
 from kubediffusion.node import NodeConfig
 
 _context = multiprocessing.get_context("forkserver")
@@ -124,7 +124,6 @@ def _leave_with_parents(run: Path) -> None:
     if hasattr(os, "pidfd_open"):
         sentinels.append(os.pidfd_open(os.getppid()))
     multiprocessing.connection.wait(sentinels)
-    # The server ends with the supervisor, a moment later: which of the two was it?
-    if multiprocessing.connection.wait([parent.sentinel], timeout=0.5):
-        remove_run(run)
+    # If it was the supervisor, nobody else will clean up after it.
+    remove_if_stale(run)
     os.kill(os.getpid(), signal.SIGKILL)

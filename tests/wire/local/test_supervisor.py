@@ -24,7 +24,6 @@ from standin_nodes import (
 from kubediffusion import rpc
 from kubediffusion.errors import Unavailable, UnsupportedModel
 from kubediffusion.local.folders import RunFolder
-from kubediffusion.local.process import warm_up
 from kubediffusion.local.restart import RestartPolicy
 from kubediffusion.local.supervisor import NodePhase, NodeReport, Supervisor
 from kubediffusion.telemetry.metrics import SupervisorMetrics
@@ -59,7 +58,6 @@ class Watch:
 async def supervised(
     base: Path, *roles: str, serve: Any = serve_standins, **options: Any
 ) -> AsyncIterator[tuple[Supervisor, Watch]]:
-    warm_up(["kubediffusion.node.process"])
     folder, watch = RunFolder(base), Watch()
     supervisor = Supervisor(
         plans(*roles), folder, policy=QUICK, on_change=watch, serve=serve, **options
@@ -86,14 +84,11 @@ async def describe(address: str) -> node_pb2.DescribeResponse:
         await channel.close()
 
 
-@pytest.fixture
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short, because sockets lie in it."""
-    return tmp_path_factory.mktemp("kd")
+pytestmark = pytest.mark.usefixtures("fork_server")
 
 
-async def test_every_node_gets_its_models_and_listens_where_it_was_told(base: Path) -> None:
-    async with supervised(base, "text_encoder", "vae") as (supervisor, _):
+async def test_every_node_gets_its_models_and_listens_where_it_was_told(run_base: Path) -> None:
+    async with supervised(run_base, "text_encoder", "vae") as (supervisor, _):
         await in_time(supervisor.wait_ready())
         assert [r.phase for r in supervisor.reports()] == [NodePhase.READY] * 2
         described = [await describe(address) for address in supervisor.addresses]
@@ -104,12 +99,12 @@ async def test_every_node_gets_its_models_and_listens_where_it_was_told(base: Pa
         pids = [report.pid for report in supervisor.reports()]
     for pid in pids:
         assert not _alive(pid)
-    assert os.listdir(base) == []
+    assert os.listdir(run_base) == []
 
 
-async def test_a_killed_node_comes_back_with_its_plan_and_its_address(base: Path) -> None:
+async def test_a_killed_node_comes_back_with_its_plan_and_its_address(run_base: Path) -> None:
     metrics = SupervisorMetrics(CollectorRegistry())
-    async with supervised(base, "transformer", metrics=metrics) as (supervisor, watch):
+    async with supervised(run_base, "transformer", metrics=metrics) as (supervisor, watch):
         await in_time(supervisor.wait_ready())
         before = await describe(supervisor.addresses[0])
         os.kill(supervisor.reports()[0].pid, signal.SIGKILL)
@@ -124,14 +119,16 @@ async def test_a_killed_node_comes_back_with_its_plan_and_its_address(base: Path
         assert metrics.nodes._value.get() == 1
 
 
-async def test_a_node_that_crashes_once_at_its_start_is_no_trouble(base: Path) -> None:
-    async with supervised(base, "vae", serve=serve_crash_once) as (supervisor, _):
+async def test_a_node_that_crashes_once_at_its_start_is_no_trouble(run_base: Path) -> None:
+    async with supervised(run_base, "vae", serve=serve_crash_once) as (supervisor, _):
         await in_time(supervisor.wait_ready())
         assert supervisor.reports()[0].restarts == 1
 
 
-async def test_a_crash_loop_is_told_with_its_exit_code_and_the_end_of_its_log(base: Path) -> None:
-    async with supervised(base, "vae", serve=serve_crash) as (supervisor, _):
+async def test_a_crash_loop_is_told_with_its_exit_code_and_its_last_words(
+    run_base: Path,
+) -> None:
+    async with supervised(run_base, "vae", serve=serve_crash) as (supervisor, _):
         with pytest.raises(Unavailable) as caught:
             await in_time(supervisor.wait_ready())
     assert caught.value.reason == "NodeCrashLoop"
@@ -139,8 +136,8 @@ async def test_a_crash_loop_is_told_with_its_exit_code_and_the_end_of_its_log(ba
     assert "the matrix is singular" in caught.value.message
 
 
-async def test_a_model_that_cannot_be_loaded_is_named_by_its_role(base: Path) -> None:
-    async with supervised(base, "wrong") as (supervisor, _):
+async def test_a_model_that_cannot_be_loaded_is_named_by_its_role(run_base: Path) -> None:
+    async with supervised(run_base, "wrong") as (supervisor, _):
         with pytest.raises(UnsupportedModel) as caught:
             await in_time(supervisor.wait_ready())
     assert caught.value.reason == "WrongArchitecture"
@@ -148,16 +145,16 @@ async def test_a_model_that_cannot_be_loaded_is_named_by_its_role(base: Path) ->
     assert "kettle" in caught.value.message
 
 
-async def test_stopping_while_nodes_still_start_leaves_nothing(base: Path) -> None:
-    async with supervised(base, "vae", "transformer") as (supervisor, watch):
+async def test_stopping_while_nodes_still_start_leaves_nothing(run_base: Path) -> None:
+    async with supervised(run_base, "vae", "transformer") as (supervisor, watch):
         await watch.until(lambda r: r.pid > 0)
         pids = [report.pid for report in supervisor.reports() if report.pid]
     assert not any(_alive(pid) for pid in pids)
-    assert os.listdir(base) == []
+    assert os.listdir(run_base) == []
 
 
-async def test_a_drain_lets_nodes_end_by_themselves(base: Path) -> None:
-    async with supervised(base, "vae") as (supervisor, watch):
+async def test_a_drain_lets_nodes_end_by_themselves(run_base: Path) -> None:
+    async with supervised(run_base, "vae") as (supervisor, watch):
         await in_time(supervisor.wait_ready())
         pid = supervisor.reports()[0].pid
         await in_time(supervisor.stop(drain_seconds=30))
@@ -166,8 +163,8 @@ async def test_a_drain_lets_nodes_end_by_themselves(base: Path) -> None:
         assert not any(report.restarts for report in watch.reports)
 
 
-async def test_prometheus_is_told_where_the_nodes_serve_metrics(base: Path) -> None:
-    async with supervised(base, "vae", serve_metrics=True) as (supervisor, _):
+async def test_prometheus_is_told_where_the_nodes_serve_metrics(run_base: Path) -> None:
+    async with supervised(run_base, "vae", serve_metrics=True) as (supervisor, _):
         await in_time(supervisor.wait_ready())
         port = supervisor.reports()[0].metrics
         assert port

@@ -1,0 +1,24 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What tests of several folders share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Model nodes fork from one process that imported torch and the families: once a session."""
+    from kubediffusion.local.process import warm_up
+    from kubediffusion.local.runtime import NODE_MODULES
+
+    warm_up(NODE_MODULES)
+
+
+@pytest.fixture
+def run_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for run folders, with a short name, because sockets lie in them."""
+    return tmp_path_factory.mktemp("kd")
