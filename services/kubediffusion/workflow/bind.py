@@ -61,13 +61,13 @@ def bind(
     for name, spec in specs.items():
         given = inputs.get(name)
         if given is not None:
-            if spec.requires and inputs.get(spec.requires) is None:
+            if spec.requires and not _there(specs, inputs, spec.requires):
                 raise InvalidInput(
                     f"means nothing without {spec.requires}; give that too, or leave this out",
                     field=f"inputs.{name}",
                 )
             values[name] = check_value(spec, given)
-        elif not spec.requires or inputs.get(spec.requires) is not None:
+        elif not spec.requires or _there(specs, inputs, spec.requires):
             value = _default(resolved, spec, facts, seed)
             if value is not None:
                 values[name] = value
@@ -75,6 +75,10 @@ def bind(
         if node.stage == "denoise":
             _check_denoise(resolved, node, values, facts)
     return Bound(values, _loras(resolved, loras or {}))
+
+
+def _there(specs: Mapping[str, InputSpec], inputs: Mapping[str, object], name: str) -> bool:
+    return inputs.get(name) is not None or specs[name].default is not None
 
 
 def _default(resolved: ResolvedWorkflow, spec: InputSpec, facts: Facts, seed: int) -> Value | None:

@@ -124,6 +124,8 @@ class _Checker:
             except InvalidWorkflow as error:
                 self._problems.append(error)
                 continue
+            if port.required and isinstance(feed, FromInputs):
+                self._check_given(node, feed, here)
             self._narrow(feed, port)
             inputs.append((name, feed))
         for name, port in signature.inputs.items():
@@ -213,6 +215,25 @@ class _Checker:
         if needed is None:
             return True
         return known is not None and needed.conjuncts <= known.conjuncts
+
+    def _check_given(self, node: GraphNode, feed: FromInputs, path: str) -> None:
+        """Whether a request that runs `node` is sure to give one of the inputs."""
+        when = self._whens[node.name]
+        known = when.conjuncts if when else frozenset[str]()
+        for name in feed.names:
+            spec = self._scope.inputs[name]
+            filled = spec.required or spec.default is not None or spec.default_expression
+            # Without a seed of its own a request gets one.
+            filled = bool(filled) or (name == "seed" and spec.type is InputType.INTEGER)
+            needed = f"{INPUT}{spec.requires}" if spec.requires and filled else ""
+            if f"{INPUT}{name}" in known or (filled and (not needed or needed in known)):
+                return
+        name = feed.names[-1]
+        self._fail(
+            path,
+            f"a request may leave {name} out: make it required, give it a default, "
+            f"or give this node `when: {INPUT}{name}`",
+        )
 
     def _computed(self, port: Port, text: str, path: str) -> Computed:
         expression = self._scope.expression(text, path)

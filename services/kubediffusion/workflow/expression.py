@@ -36,10 +36,10 @@ class MissingFactError(LookupError):
 
 @dataclass(frozen=True)
 class Expression:
-    """A checked expression. `type` is None where only the facts know it."""
+    """A checked expression and the type of what it gives."""
 
     text: str
-    type: InputType | None
+    type: InputType
     evaluate: Evaluate = field(compare=False, repr=False)
     inputs: frozenset[str] = frozenset()
     # Conditions that all have to hold, in canonical spelling: `a and b` gives two.
@@ -95,7 +95,7 @@ def parse(
 
 @dataclass(frozen=True)
 class _Term:
-    type: InputType | None
+    type: InputType
     evaluate: Evaluate
     # How it reads as a truth value, where that differs from bool(value).
     spelling: str
@@ -310,7 +310,7 @@ class _Parser:
         )
 
 
-def _comparable(left: InputType | None, right: InputType | None, ordered: bool) -> bool:
+def _comparable(left: InputType, right: InputType, ordered: bool) -> bool:
     if left in _NUMERIC and right in _NUMERIC:
         return True
     return not ordered and left == right and left in (InputType.TEXT, InputType.FLAG)

@@ -148,6 +148,11 @@ def written(**changes: object) -> ResolvedWorkflow:
         ({"prompt_1": {"when": "$inputs.guidance > 1"}}, "prompt_1.embeds", "may be left out"),
         ({"decode": {"when": "$inputs.prompt"}}, "spec.graph.output", "has no condition"),
         ({"prompt_1": {"when": "$inputs.guidance >"}}, "nodes[0].when", "cannot be read"),
+        (
+            {"decode": {"stage": "encode_image", "inputs": {"image": "$inputs.prompt"}}},
+            "inputs.image",
+            "is text",
+        ),
         ({"prompt_1": {"when": "1"}}, "nodes[0].when", "no truth value"),
         ({"prompt_1": None}, "inputs.prompt_1.embeds", "there is no node"),
         (
@@ -168,7 +173,7 @@ def test_nodes_that_wait_for_each_other() -> None:
     loop = {"model": "vae", "stage": "encode_image"}
     size = {"width": 64, "height": 64, "mode": "control", "image": "$inputs.image", "seed": 1}
     document = yaml.safe_load(yaml.safe_dump(GRAPH))
-    document["spec"]["inputs"]["image"] = {"type": "image"}
+    document["spec"]["inputs"]["image"] = {"type": "image", "required": True}
     document["spec"]["graph"]["nodes"] += [
         {"name": "a", **loop, "inputs": {**size, "generator": "b.generator"}},
         {"name": "b", **loop, "inputs": {**size, "generator": "a.generator"}},
@@ -182,6 +187,15 @@ def test_an_input_that_no_node_reads() -> None:
     document["spec"]["inputs"]["colour"] = {"type": "text"}
     with pytest.raises(InvalidWorkflow, match="no node reads"):
         resolve(load_workflow(yaml.safe_dump(document)), INDEX)
+
+
+def test_a_required_port_needs_an_input_that_every_request_has() -> None:
+    document = yaml.safe_load(yaml.safe_dump(GRAPH))
+    del document["spec"]["inputs"]["steps"]["default"]
+    with pytest.raises(InvalidWorkflow, match="may leave steps out"):
+        resolve(load_workflow(yaml.safe_dump(document)), INDEX)
+    document["spec"]["inputs"]["steps"]["required"] = True
+    assert resolve(load_workflow(yaml.safe_dump(document)), INDEX).inputs["steps"].required
 
 
 def test_an_input_of_no_type() -> None:
