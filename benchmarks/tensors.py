@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tensor from one process to another: shared memory beside memcpy, gRPC beside a plain socket.
 
-A second process produces. Clocks are comparable between the two: both read CLOCK_MONOTONIC.
+A second process produces. What counts of shared memory is `put` there and `fetch` here, each by its
+own clock: the message that brings the reference over is a message that the task's result takes
+anyway, and how soon a busy machine wakes its reader says nothing of tensors.
 """
 
 from __future__ import annotations
@@ -113,7 +115,7 @@ class _Producer:
         self._count += 1
         scope = Scope("benchmark", str(self._count))
         ref = self._store.put(scope, "t", self._data, self._data.shape, tensor_pb2.DTYPE_U8)
-        return start, ref.SerializeToString()
+        return time.perf_counter() - start, ref.SerializeToString()
 
     def free(self) -> None:
         self._store.release("benchmark", [str(self._count)])
@@ -138,15 +140,16 @@ class _Consumer:
         return LARGE / float(self.ask("memcpy"))  # type: ignore[arg-type]
 
     def shared(self, fetcher: Fetcher, copy_out: bool) -> float:
-        """From the start of `put` there to the bytes here."""
-        start, wire = self.ask("put")  # type: ignore[misc]
+        """`put` there, then the bytes here."""
+        put_seconds, wire = self.ask("put")  # type: ignore[misc]
+        start = time.perf_counter()
         data = self.loop.run_until_complete(fetcher.fetch(tensor_pb2.TensorRef.FromString(wire)))
         if copy_out:
             np.copyto(self.buffer, data)
-        seconds = time.perf_counter() - start
+        fetch_seconds = time.perf_counter() - start
         del data
         self.ask("free")
-        return LARGE / seconds
+        return LARGE / (put_seconds + fetch_seconds)
 
     def fetched(self, fetcher: Fetcher, ref: tensor_pb2.TensorRef) -> float:
         start = time.perf_counter()

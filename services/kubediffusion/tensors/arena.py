@@ -62,7 +62,7 @@ def size_class(nbytes: int) -> int:
 class Arena:
     """A mapped file. `memory` is all of it: uint8, writable, (size,)."""
 
-    path: Path
+    path: str  # and no Path, whose parsing would cost as much as all else of a get
     size: int
     memory: np.ndarray
 
@@ -73,6 +73,7 @@ class ArenaFolder:
     def __init__(self, root: Path, incarnation: str) -> None:
         """Raises Unavailable where the folder cannot be made."""
         self.path = root / incarnation
+        self._prefix = f"{self.path}/"
         self._lock_path = root / (incarnation + LOCK_SUFFIX)
         self._serial = 0
         self._serial_lock = threading.Lock()
@@ -96,7 +97,7 @@ class ArenaFolder:
             # The mapping keeps the file open by itself, hence one descriptor for each arena.
             mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except (OSError, ValueError):
-            path.unlink(missing_ok=True)
+            _unlink(path)
             raise
         finally:
             os.close(fd)
@@ -111,7 +112,7 @@ class ArenaFolder:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path = self._next_path()
-            arena.path.rename(path)
+            os.rename(arena.path, path)
         except BlockingIOError:
             return None
         finally:
@@ -120,17 +121,22 @@ class ArenaFolder:
 
     def discard(self, arena: Arena) -> None:
         """Frees the memory, as soon as the last view of it is gone."""
-        arena.path.unlink(missing_ok=True)
+        _unlink(arena.path)
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock_path.unlink(missing_ok=True)
         os.close(self._lock_fd)
 
-    def _next_path(self) -> Path:
+    def _next_path(self) -> str:
         with self._serial_lock:
             self._serial += 1
-            return self.path / f"{self._serial}"
+            return f"{self._prefix}{self._serial}"
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _create_locked(path: Path) -> int:
@@ -176,7 +182,7 @@ class Mappings:
         self._lock = threading.Lock()
         self._cached: OrderedDict[tuple[int, int], tuple[mmap.mmap, int]] = OrderedDict()
 
-    def view(self, path: Path, nbytes: int) -> np.ndarray | None:
+    def view(self, path: str, nbytes: int) -> np.ndarray | None:
         """The file's first bytes, read-only, uint8 (nbytes,); None if it is gone or reused.
 
         The file is not reused while the array, or anything made from it without a copy, is alive.
@@ -215,7 +221,7 @@ class Mappings:
             for key in list(self._cached):
                 self._drop(key)
 
-    def _mapping(self, path: Path, locked_fd: int) -> mmap.mmap | None:
+    def _mapping(self, path: str, locked_fd: int) -> mmap.mmap | None:
         mine, there = os.fstat(locked_fd), os.stat(path, follow_symlinks=False)
         key = (mine.st_dev, mine.st_ino)
         if key != (there.st_dev, there.st_ino):

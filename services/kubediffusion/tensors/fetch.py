@@ -104,13 +104,15 @@ class Fetcher:
         shared = ref.shared_memory
         if self._shm_dir is None or not shared.path or shared.host_id != host_id():
             return None
-        path = Path(shared.path)
-        if path.parent.parent != self._shm_dir or path.parent.name != ref.incarnation:
+        folder, _, name = shared.path.rpartition("/")
+        # Words of our own making only: no "..", no other folder.
+        ours = folder == f"{self._shm_dir}/{ref.incarnation}"
+        if not (ours and ref.incarnation.isalnum() and name.isdigit()):
             return None
         try:
-            return self._mappings.view(path, ref.nbytes)
+            return self._mappings.view(shared.path, ref.nbytes)
         except OSError as error:
-            log.debug("%s: cannot be mapped (%s); asking for it", path, error)
+            log.debug("%s: cannot be mapped (%s); asking for it", shared.path, error)
             return None
 
     # ------------------------------------------------------------ gRPC

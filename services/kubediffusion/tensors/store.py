@@ -136,7 +136,7 @@ class TensorStore:
         ref.address = self.address
         if entry.arena is not None:
             ref.shared_memory.host_id = host_id()
-            ref.shared_memory.path = str(entry.arena.path)
+            ref.shared_memory.path = entry.arena.path
         return ref
 
     def get(self, tensor_id: str) -> np.ndarray:

@@ -97,7 +97,7 @@ async def test_a_unix_socket_serves_too(tmp_path: Path, remote: Fetcher) -> None
     producer.close()
 
 
-@pytest.mark.parametrize("change", ["host_id", "path", "incarnation"])
+@pytest.mark.parametrize("change", ["host_id", "path", "incarnation", "dots", "name"])
 async def test_a_file_that_is_not_the_producers_is_never_opened(
     producer: Producer, mapping: Fetcher, folder: Path, change: str
 ) -> None:
@@ -111,6 +111,14 @@ async def test_a_file_that_is_not_the_producers_is_never_opened(
             ref.shared_memory.path = str(secret)
         case "incarnation":
             ref.incarnation = "another"
+        case "dots":
+            ref.incarnation = ".."
+            (folder.parent / "1").write_bytes(b"\x09" * SIZE)
+            ref.shared_memory.path = f"{folder}/../1"
+        case "name":
+            beside = Path(ref.shared_memory.path).parent / "secret"
+            beside.write_bytes(b"\x09" * SIZE)
+            ref.shared_memory.path = str(beside)
     with pytest.raises(TensorLost):
         await mapping.fetch(ref)
 
@@ -238,8 +246,8 @@ def test_a_consumer_that_dies_gives_the_file_back(tmp_path: Path) -> None:
     path = ref.shared_memory.path
     inode = os.stat(path).st_ino
     code = (
-        "import sys; from pathlib import Path; from kubediffusion.tensors.arena import Mappings\n"
-        "view = Mappings().view(Path(sys.argv[1]), 10); print('held', flush=True); sys.stdin.read()"
+        "import sys; from kubediffusion.tensors.arena import Mappings\n"
+        "view = Mappings().view(sys.argv[1], 10); print('held', flush=True); sys.stdin.read()"
     )
     pipe = subprocess.PIPE
     consumer = subprocess.Popen(
