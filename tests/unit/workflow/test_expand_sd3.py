@@ -101,6 +101,9 @@ def test_controlnets_in_the_workflows_order_and_only_those_asked_for() -> None:
     assert "generator" not in found["control.a"].inputs
     assert found["control.a"].outputs == ("latents", "generator")
     assert found["control.c"].outputs == ("latents",)
+    all_three = tasks(THREE, dict.fromkeys(["control.a", "control.b", "control.c"], b"x"))
+    assert all_three["control.c"].inputs["generator"] == PortRef("control.b", "generator")
+    assert all_three["control.b"].inputs["generator"] == PortRef("control.a", "generator")
 
 
 def test_a_control_image_is_encoded_for_each_branch() -> None:
