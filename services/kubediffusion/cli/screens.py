@@ -119,17 +119,9 @@ def supervised_nodes(reports: Sequence[NodeReport], nodes: Sequence[Node]) -> Re
 _PROMPT = "a red circle above a blue square"
 
 
-def addresses_screen(
-    *,
-    grpc: str,
-    http: str,
-    metrics: str,
-    targets: str,
-    workflows: Sequence[str],
-    model: str,
-    key_needed: bool,
+def addresses_table(
+    *, grpc: str, http: str, metrics: str, targets: str, workflows: Sequence[str]
 ) -> RenderableType:
-    """Addresses, then commands to copy. These are lines of their own, never wrapped or boxed."""
     grid = Table.grid(padding=(0, 3, 0, 0))
     grid.add_row(Text("workflows", style="dim"), ", ".join(workflows))
     if http:
@@ -139,11 +131,15 @@ def addresses_screen(
     if metrics:
         grid.add_row(Text("metrics", style="dim"), f"http://{metrics}/metrics")
         grid.add_row("", Text(f"of the nodes: {targets}", style="dim", overflow="fold"))
-    parts: list[RenderableType] = [Text(), indented(grid), Text()]
-    for command in (_generate(model, workflows) if grpc else "", *_http(http, model, key_needed)):
-        if command:
-            parts += [indented(Text(command, no_wrap=True, overflow="ignore")), Text()]
-    return Group(*parts)
+    return indented(grid)
+
+
+def commands_to_try(
+    *, grpc: str, http: str, workflows: Sequence[str], key_needed: bool
+) -> list[str]:
+    """To be copied: printed as they are, never wrapped or boxed, for 80 columns."""
+    model = workflows[0]
+    return [*([_generate(model, workflows)] if grpc else []), *_http(http, model, key_needed)]
 
 
 def _generate(model: str, workflows: Sequence[str]) -> str:
@@ -166,8 +162,9 @@ def _http(http: str, model: str, key_needed: bool) -> tuple[str, ...]:
     openai = (
         f"{environment} python3 -c '\n"
         "from openai import OpenAI\n"
-        "print(OpenAI().images.generate(\n"
-        f'    model="{model}", prompt="{_PROMPT}", response_format="url").data[0].url)\''
+        f'answer = OpenAI().images.generate(model="{model}", response_format="url",\n'
+        f'                                  prompt="{_PROMPT}")\n'
+        "print(answer.data[0].url)'"
     )
     return curl, openai
 

@@ -141,21 +141,21 @@ class _Up:
     # ------------------------------------------------------------ what is seen
 
     def _show_addresses(self, runtime: LocalRuntime, addresses: Addresses) -> None:
-        from kubediffusion.cli.screens import addresses_screen
+        from kubediffusion.cli.screens import addresses_table, commands_to_try
 
-        targets = str(runtime.folder.path / "prometheus.json") if addresses.metrics else ""
-        workflow = next(iter(runtime.workflows.values()))
+        grpc, http, metrics = addresses.grpc, addresses.http, addresses.metrics
+        targets = str(runtime.folder.path / "prometheus.json")
+        names = tuple(runtime.workflows)
+        self._console.print()
         self._console.print(
-            addresses_screen(
-                grpc=addresses.grpc,
-                http=addresses.http,
-                metrics=addresses.metrics,
-                targets=targets,
-                workflows=tuple(runtime.workflows),
-                model=workflow.name,
-                key_needed=bool(self._asked.api_keys),
-            )
+            addresses_table(grpc=grpc, http=http, metrics=metrics, targets=targets, workflows=names)
         )
+        key_needed = bool(self._asked.api_keys)
+        for command in commands_to_try(
+            grpc=grpc, http=http, workflows=names, key_needed=key_needed
+        ):
+            self._console.print(f"\n{command}", markup=False, soft_wrap=True)
+        self._console.print()
 
     async def _show_nodes(self, runtime: LocalRuntime) -> None:
         """On a terminal: a table that stays in its place."""
