@@ -12,7 +12,6 @@ Everything runs on one event loop. Decoding uploads, hooks and PNG run in worker
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -107,8 +106,7 @@ class Gateway:
     async def check(self, request: gateway_pb2.GenerateRequest) -> None:
         """Raises what `generate` would raise of a request that is wrong in itself."""
         order = await self._order(request)
-        with contextlib.suppress(Unavailable):  # a default that waits for its model
-            order.bind(self._facts(order))
+        order.check(self._facts(order))
 
     def _join_or_begin(self, request: gateway_pb2.GenerateRequest) -> Flight:
         if self._stopping:
@@ -139,8 +137,7 @@ class Gateway:
         facts = self._facts(order)
         if self._unseen(order):
             # What is wrong in itself is said now, and not when the models are there.
-            with contextlib.suppress(Unavailable):
-                order.bind(facts)
+            order.check(facts)
             self._admit(flight, order, [], None, cold=True)
             facts = await self._facts_in_time(flight, order)
         bound = order.bind(facts)

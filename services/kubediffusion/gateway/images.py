@@ -37,6 +37,8 @@ def check_upload(data: bytes, field: str) -> tuple[int, int]:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 _check_size(width, height, getattr(image, "n_frames", 1), field)
+                image.verify()  # checksums and the end, which `load` does without
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 image.load()
     except InvalidInput:
         raise

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kubediffusion import workflow as wf
-from kubediffusion.errors import InvalidInput
+from kubediffusion.errors import InvalidInput, Unavailable
 from kubediffusion.gateway.images import check_upload
 from kubediffusion.gateway.nodes import Facts
 from kubediffusion.gateway.plan import ImagePlan, PlannedTask
 from kubediffusion.gateway.values import client_value
 from kubediffusion.tensors import encode_value
 from kubediffusion.v1alpha1 import gateway_pb2, node_pb2
+from kubediffusion.workflow.bind import check_value
 
 MAX_TIMEOUT_SECONDS = 24 * 3600.0
 MAX_KEY_LENGTH = 255
@@ -37,6 +38,14 @@ class Order:
 
     def bind(self, facts: Mapping[str, Facts]) -> wf.Bound:
         return wf.bind(self.workflow, self.inputs, self.loras, facts, self.seed)
+
+    def check(self, facts: Mapping[str, Facts]) -> None:
+        """What can be said before all models were seen. Raises InvalidInput."""
+        try:
+            self.bind(facts)
+        except Unavailable:  # a default waits for its model
+            for name, value in self.inputs.items():
+                check_value(self.workflow.inputs[name], value)
 
 
 def read_order(
@@ -148,11 +157,14 @@ def _planned(task: wf.Task, common: node_pb2.Assign, request_id: str, pixels: fl
     template.stage = task.stage
     template.outputs.extend(task.outputs)
     ports: dict[str, tuple[str, str]] = {}
+    inputs: dict[str, str] = {}
     for port, source in task.inputs.items():
         if isinstance(source, wf.PortRef):
             ports[port] = (source.task, source.port)
         else:
             template.inputs[port].CopyFrom(encode_value(source.value))
+            if source.input:
+                inputs[port] = source.input
     for lora in task.loras:
         template.loras.add(
             name=lora.name,
@@ -172,6 +184,7 @@ def _planned(task: wf.Task, common: node_pb2.Assign, request_id: str, pixels: fl
         units=units * max(task.steps, 1),
         steps=task.steps,
         helpers=task.controlnets,
+        inputs=inputs,
     )
 
 

@@ -38,7 +38,7 @@ def denoise_chain(state: bytes, steps: int) -> bytes:
     return state
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     """Raised inside a task: it was cancelled or its node died."""
 
 
@@ -189,7 +189,7 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
     async def _run(self, assign: node_pb2.Assign, out: asyncio.Queue) -> None:
         try:
             await self._work(assign, out)
-        except Stop:
+        except StoppedError:
             return
         finally:
             key = (assign.key.request_id, assign.key.task)
@@ -202,10 +202,10 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
             return
         if answer == "die":
             await self.stop()
-            raise Stop
+            raise StoppedError
         if isinstance(answer, node_pb2.WorkEvent):
             out.put_nowait(answer)
-            raise Stop
+            raise StoppedError
         await answer  # type: ignore[misc]
 
     async def _work(self, assign: node_pb2.Assign, out: asyncio.Queue) -> None:
@@ -279,7 +279,7 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
                         assign, node_pb2.FAILURE_REASON_INPUT_LOST, "gone", lost_tensors=[ref.id]
                     )
                 )
-                raise Stop from None
+                raise StoppedError from None
 
     async def _denoise(self, assign, state: bytes, out) -> tuple[bytes, int]:
         key, lease = assign.key, assign.lease

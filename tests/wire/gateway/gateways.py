@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -114,3 +115,19 @@ def assert_empty(gateway: Gateway) -> None:
     counts = gateway.debug_counts()
     counts.pop("releases")  # sent together, 20 ms later
     assert not any(counts.values()), counts
+
+
+async def changed(gateway: Gateway, condition: Callable[[], bool]) -> None:
+    """Waits until a change of the fleet makes it true."""
+    happened = asyncio.Event()
+
+    def look() -> None:
+        if condition():
+            happened.set()
+
+    gateway.fleet.wait(look)
+    look()
+    try:
+        await asyncio.wait_for(happened.wait(), 10)
+    finally:
+        gateway.fleet.unwait(look)

@@ -14,6 +14,7 @@ from fake_nodes import failed
 from gateways import (
     CONFIG,
     assert_empty,
+    changed,
     events_of,
     gateway_over,
     identities,
@@ -77,9 +78,7 @@ async def test_n_images_are_n_requests_with_seeds_that_follow(tmp_path):
 
 async def test_without_a_seed_or_a_key_each_request_draws_its_own(tmp_path):
     async with gateway_over([one_node(tmp_path)]) as gateway:
-        seeds = {
-            images(await events_of(gateway, request(seed=None)))[0].seed for _ in range(3)
-        }
+        seeds = {images(await events_of(gateway, request(seed=None)))[0].seed for _ in range(3)}
         assert len(seeds) == 3
 
 
@@ -99,9 +98,7 @@ async def test_a_retry_with_a_key_gets_the_same_images_without_running_again(tmp
 
 async def test_a_retry_joins_a_request_under_way(tmp_path):
     go = asyncio.Event()
-    node = one_node(
-        tmp_path, script=lambda node, assign, step: go.wait() if step == 2 else None
-    )
+    node = one_node(tmp_path, script=lambda node, assign, step: go.wait() if step == 2 else None)
     async with gateway_over([node]) as gateway:
         keyed = request(idempotency_key="k1")
         first = asyncio.create_task(events_of(gateway, keyed))
@@ -117,9 +114,7 @@ async def test_a_retry_joins_a_request_under_way(tmp_path):
 
 async def test_one_of_two_listeners_may_leave(tmp_path):
     go = asyncio.Event()
-    node = one_node(
-        tmp_path, script=lambda node, assign, step: go.wait() if step == 2 else None
-    )
+    node = one_node(tmp_path, script=lambda node, assign, step: go.wait() if step == 2 else None)
     async with gateway_over([node]) as gateway:
         keyed = request(idempotency_key="k1")
         first = asyncio.create_task(events_of(gateway, keyed))
@@ -170,9 +165,7 @@ async def test_a_failed_request_may_be_tried_again_under_its_key(tmp_path):
 
 async def test_closing_the_iterator_cancels_everywhere(tmp_path):
     never = asyncio.Event()
-    node = one_node(
-        tmp_path, script=lambda node, assign, step: never.wait() if step == 3 else None
-    )
+    node = one_node(tmp_path, script=lambda node, assign, step: never.wait() if step == 3 else None)
     async with gateway_over([node]) as gateway:
         events = gateway.generate(request())
         async for event in events:
@@ -187,9 +180,7 @@ async def test_closing_the_iterator_cancels_everywhere(tmp_path):
 
 async def test_a_deadline_that_passes_ends_the_request(tmp_path):
     never = asyncio.Event()
-    node = one_node(
-        tmp_path, script=lambda node, assign, step: never.wait() if step == 3 else None
-    )
+    node = one_node(tmp_path, script=lambda node, assign, step: never.wait() if step == 3 else None)
     async with gateway_over([node]) as gateway:
         with pytest.raises(DeadlineExceeded) as caught:
             await events_of(gateway, request(deadline_ms=300))
@@ -253,10 +244,11 @@ async def test_models_that_never_come_up_fail_the_request_and_are_named(tmp_path
         assert_empty(gateway)
 
 
-async def test_wrong_requests_are_refused_before_their_models_are_up(tmp_path):
+@pytest.mark.parametrize("change", [{"nonsense": 1}, {"steps": 0}, {"prompt": 3}])
+async def test_wrong_requests_are_refused_before_their_models_are_up(change):
     async with gateway_over([]) as gateway:
         with pytest.raises(InvalidInput):
-            await events_of(gateway, request(nonsense=1))
+            await events_of(gateway, request(**change))
         assert_empty(gateway)
 
 
@@ -357,7 +349,7 @@ async def test_the_image_is_pulled_from_its_node_and_made_again_if_it_is_gone(tm
         elif assign.stage == "decode" and step == -2 and forgotten == ["next"]:
             node.tensors = {k: v for k, v in node.tensors.items() if "/image/" not in k}
             forgotten.append("done")
-        return None
+        return
 
     nodes[0].script = forget_first
     async with gateway_over(nodes) as gateway:
@@ -374,9 +366,7 @@ async def test_status_and_workflows_tell_what_is_there(tmp_path):
     node.models = identities(workflow(), "text_encoder", "vae")
     async with gateway_over([node]) as gateway:
         await node.until(lambda: bool(node.streams))
-        info = gateway.list_workflows()[0]
-        while not gateway.status().nodes:
-            await asyncio.sleep(0)
+        await changed(gateway, lambda: bool(gateway.status().nodes))
         info = gateway.list_workflows()[0]
         assert info.name == "sd3"
         assert not info.ready
@@ -390,9 +380,7 @@ async def test_status_and_workflows_tell_what_is_there(tmp_path):
 
 async def test_stopping_ends_requests_under_way(tmp_path):
     never = asyncio.Event()
-    node = one_node(
-        tmp_path, script=lambda node, assign, step: never.wait() if step == 0 else None
-    )
+    node = one_node(tmp_path, script=lambda node, assign, step: never.wait() if step == 0 else None)
     async with gateway_over([node]) as gateway:
         running = asyncio.create_task(events_of(gateway, request()))
         await node.until(lambda: any(a.stage == "denoise" for a in node.assigned))
