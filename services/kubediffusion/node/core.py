@@ -8,37 +8,25 @@ import asyncio
 import itertools
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from kubediffusion.errors import InvalidInput, KubeDiffusionError, TensorLost, Unavailable
-from kubediffusion.models.base import Denoiser
 from kubediffusion.node import ports
-from kubediffusion.node.device import Device, FailureReason, Outputs, failure_of
+from kubediffusion.node.admission import Admission, RefusedError, is_begun
+from kubediffusion.node.device import Device, Outputs
+from kubediffusion.node.failures import FailureReason, failure_of
 from kubediffusion.node.inputs import Inputs
 from kubediffusion.node.report import Reporter
 from kubediffusion.node.residency import Residency
-from kubediffusion.node.session import MAX_NAME, Session
+from kubediffusion.node.session import Session
 from kubediffusion.node.tasks import Name, Resident, Stop, Task
 from kubediffusion.telemetry.metrics import NodeMetrics
 from kubediffusion.tensors import TensorStore
 from kubediffusion.v1alpha1 import node_pb2, tensor_pb2
 
-# So many tasks' epochs are remembered; a coordinator's late message is seconds old, not thousands
-# of requests.
-REMEMBERED_EPOCHS = 16_384
 MAX_PRIORITY = 1000
 
 log = logging.getLogger(__name__)
-
-
-class RefusedError(Exception):
-    """A task is declined; not an error of anybody's."""
-
-    def __init__(self, reason: node_pb2.DeclineReason, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
 
 
 class Node:
@@ -65,14 +53,12 @@ class Node:
         self._store = store
         self._device = device
         self._inputs = inputs
-        self._residency = residency
         self._metrics = metrics
-        self._max_tasks = max_tasks
         self._now = now
         self._on_drain = on_drain
         self._on_poisoned = on_poisoned
         self._sequence = itertools.count()
-        self._epochs: OrderedDict[Name, int] = OrderedDict()
+        self._admission = Admission(residency, inputs, store, device.fingerprint, max_tasks)
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._freed = asyncio.Event()
@@ -157,31 +143,20 @@ class Node:
 
     def _admit(self, session: Session, assign: node_pb2.Assign) -> Task | None:
         """The task, entered everywhere; None where it is here already. Raises."""
-        key, name = assign.key, (assign.key.request_id, assign.key.task)
-        if not (0 < len(key.request_id) <= MAX_NAME and 0 < len(key.task) <= MAX_NAME):
-            raise InvalidInput("a task needs a request and a name", field="key")
-        if self.draining:
-            raise RefusedError(node_pb2.DECLINE_REASON_DRAINING, "the node is draining")
+        name = (assign.key.request_id, assign.key.task)
         present = self.tasks.get(name)
-        if key.epoch < self._epochs.get(name, 0) or (
-            present is not None and present.key.epoch == key.epoch and present.session != session
-        ):
-            raise RefusedError(
-                node_pb2.DECLINE_REASON_OLD_EPOCH,
-                f"epoch {key.epoch} of task {key.task} was overtaken by {self._epochs[name]}",
-            )
-        if present is not None and present.key.epoch == key.epoch:
+        mine = present is not None and present.session is session
+        if mine and present is not None and present.key.epoch == assign.key.epoch:
             return None
-        residents = self._models_for(assign)
-        self._check(assign, residents[0])
-        if len(self.tasks) >= self._max_tasks:
-            raise RefusedError(
-                node_pb2.DECLINE_REASON_QUEUE_FULL, f"{len(self.tasks)} tasks are here already"
-            )
+        residents = self._admission.examine(
+            assign,
+            draining=self.draining,
+            tasks=len(self.tasks),
+            present=present.key.epoch if present is not None else None,
+        )
         if present is not None:
             self._stop(present, Stop.CANCEL)
             self._forget(present)
-        self._remember(name, key.epoch)
         task = self._make(session, assign, residents)
         self._store.admit(task.scope)
         self.tasks[name] = task
@@ -190,52 +165,11 @@ class Node:
             resident.enter(task)
         return task
 
-    def _models_for(self, assign: node_pb2.Assign) -> list[Resident]:
-        wanted = [assign.model]
-        for helper in assign.lease.helpers:
-            if helper.kind != node_pb2.Helper.KIND_CONTROLNET or (
-                helper.address and helper.address != self._store.address
-            ):
-                raise RefusedError(
-                    node_pb2.DECLINE_REASON_NOT_RESIDENT,
-                    f"helper {helper.name or helper.model} at {helper.address or 'no address'}: "
-                    "only ControlNets on the lease's own node can help it",
-                )
-            wanted.append(helper.model)
-        found = [self._residency.ready_model(identity) for identity in wanted]
-        residents = [resident for resident in found if resident is not None]
-        if len(residents) < len(wanted):
-            missing = wanted[found.index(None)]
-            raise RefusedError(
-                node_pb2.DECLINE_REASON_NOT_RESIDENT, f"model {missing} is not ready here"
-            )
-        return residents
-
-    def _check(self, assign: node_pb2.Assign, resident: Resident) -> None:
-        model = resident.loaded
-        if assign.stage not in model.stages:
-            raise InvalidInput(
-                f"model {assign.model} has no stage {assign.stage!r}; it has "
-                f"{', '.join(model.stages)}",
-                field="stage",
-            )
-        if assign.stage == "denoise" and not isinstance(model, Denoiser):
-            raise InvalidInput(f"model {assign.model} cannot denoise", field="stage")
-        self._inputs.check(assign, resident.spec)
-        resume = assign.lease.resume
-        exact = assign.numerics != node_pb2.NUMERICS_FAST
-        if _is_real(resume) and exact and resume.fingerprint != self._device.fingerprint:
-            raise RefusedError(
-                node_pb2.DECLINE_REASON_FINGERPRINT,
-                f"the checkpoint was made with {resume.fingerprint}; here it would go on with "
-                f"other bits ({self._device.fingerprint})",
-            )
-
     def _make(
         self, session: Session, assign: node_pb2.Assign, residents: Sequence[Resident]
     ) -> Task:
         now = self._now()
-        if assign.lease.HasField("resume") and not _is_real(assign.lease.resume):
+        if assign.lease.HasField("resume") and not is_begun(assign.lease.resume):
             assign.lease.ClearField("resume")
         return Task(
             assign=assign,
@@ -249,12 +183,6 @@ class Node:
             priority=max(-MAX_PRIORITY, min(MAX_PRIORITY, assign.priority)),
             exact=assign.numerics != node_pb2.NUMERICS_FAST,
         )
-
-    def _remember(self, name: Name, epoch: int) -> None:
-        self._epochs[name] = epoch
-        self._epochs.move_to_end(name)
-        while len(self._epochs) > REMEMBERED_EPOCHS:
-            self._epochs.popitem(last=False)
 
     def _begin(self, task: Task) -> None:
         self.reporter.changed()
@@ -421,10 +349,6 @@ class Node:
 def tensors_in(value: tensor_pb2.Value) -> list[tensor_pb2.TensorRef]:
     """The stored ones."""
     return [ref for ref in ports.references(value) if not ref.HasField("inline")]
-
-
-def _is_real(checkpoint: node_pb2.Checkpoint) -> bool:
-    return bool(checkpoint.tensors) or checkpoint.step > 0
 
 
 def _failed(

@@ -20,7 +20,8 @@ from kubediffusion.errors import (
     SourceUnavailable,
 )
 from kubediffusion.models.base import LoadSpec, Model
-from kubediffusion.node.device import Device, is_out_of_memory
+from kubediffusion.node.device import Device
+from kubediffusion.node.failures import is_out_of_memory
 from kubediffusion.node.library import Library
 from kubediffusion.node.tasks import Resident
 from kubediffusion.node.threads import in_thread
