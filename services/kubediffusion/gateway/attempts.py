@@ -4,15 +4,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from kubediffusion.errors import KubeDiffusionError
 from kubediffusion.gateway.connections import NodeConnection
 from kubediffusion.gateway.plan import PlannedTask
 from kubediffusion.scheduling.placement import Placement
 from kubediffusion.v1alpha1 import gateway_pb2, node_pb2, tensor_pb2
+
+if TYPE_CHECKING:
+    from kubediffusion.gateway.coordinator import ImageRun
 
 
 class AttemptOwner(Protocol):
@@ -99,3 +103,21 @@ class Attempt:
     def lost(self, message: str) -> None:
         if self.task.attempt is self:
             self.run.task_lost(self, "NodeLost", message)
+
+
+class RunListener(Protocol):
+    """Who wants to know what becomes of an image."""
+
+    def started(self, run: ImageRun, stage: str, node: str) -> None: ...
+
+    def stepped(self, run: ImageRun, step: int, total_steps: int) -> None: ...
+
+    def previewed(self, run: ImageRun, step: int, image: tensor_pb2.TensorRef) -> None: ...
+
+    def resumed(self, run: ImageRun, task: TaskRun, reason: str) -> None: ...
+
+    def held(self, run: ImageRun, models: Sequence[str]) -> None: ...
+
+    def completed(self, run: ImageRun, image: tensor_pb2.Value) -> None: ...
+
+    def failed(self, run: ImageRun, error: KubeDiffusionError) -> None: ...

@@ -20,6 +20,7 @@ import grpc.aio
 from kubediffusion import rpc
 from kubediffusion.gateway.config import NodeLimits
 from kubediffusion.gateway.outbox import Outbox
+from kubediffusion.gateway.timers import Timers
 from kubediffusion.scheduling.fleet import NodeState
 from kubediffusion.v1alpha1 import node_pb2, node_pb2_grpc
 
@@ -91,7 +92,7 @@ class NodeConnection:
         self._assigned: dict[tuple[str, str], Assignment] = {}
         self._expected = 0.0
         self._outbox = Outbox()
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._timers = Timers()
         self._call: Any = None
         self._state: NodeState | None = None
         self._task: asyncio.Task[None] | None = None
@@ -189,7 +190,7 @@ class NodeConnection:
             self._describe_soon()
         elif reason == node_pb2.DECLINE_REASON_QUEUE_FULL:
             self.full_until = self._now() + FULL_PAUSE
-            self._later("full", FULL_PAUSE, self._listener.changed)
+            self._timers.after("full", FULL_PAUSE, self._listener.changed)
         self._state = None
 
     def start(self) -> None:
@@ -286,17 +287,15 @@ class NodeConnection:
         self._set_description(welcome.node)
         if welcome.node.HasField("load"):
             self._set_load(welcome.node.load)
-        self._every("renew", self._limits.lease / 3, self._renew)
-        self._every("silence", min(1.0, self._limits.suspect / 2), self._check_silence)
+        self._timers.every("renew", self._limits.lease / 3, self._renew)
+        self._timers.every("silence", min(1.0, self._limits.suspect / 2), self._check_silence)
         self._listener.changed()
 
     def _close(self, why: str) -> None:
         was_up, self._up = self._up, False
         self._state = None
         self._outbox.close()
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
+        self._timers.cancel_all()
         if self._describing is not None:
             self._describing.cancel()
         lost, self._assigned = list(self._assigned.values()), {}
@@ -379,19 +378,6 @@ class NodeConnection:
             self._listener.changed()
 
     # ------------------------------------------------------------ timers
-
-    def _later(self, name: str, delay: float, action: Callable[[], None]) -> None:
-        if (old := self._timers.pop(name, None)) is not None:
-            old.cancel()
-        self._timers[name] = asyncio.get_running_loop().call_later(delay, action)
-
-    def _every(self, name: str, period: float, action: Callable[[], None]) -> None:
-        def tick() -> None:
-            action()
-            if self._up:
-                self._later(name, period, tick)
-
-        self._later(name, period, tick)
 
     def _renew(self) -> None:
         self._outbox.send(node_pb2.WorkRequest(renew=node_pb2.Renew()))

@@ -9,37 +9,20 @@ them cost what their states cost.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from kubediffusion.errors import Internal, InvalidInput, KubeDiffusionError, Unavailable
-from kubediffusion.gateway.attempts import Attempt, TaskRun, TaskStatus
+from kubediffusion.gateway.attempts import Attempt, RunListener, TaskRun, TaskStatus
 from kubediffusion.gateway.config import GatewayConfig
 from kubediffusion.gateway.connections import NodeConnection
+from kubediffusion.gateway.dispatch import assign_message, placement_task
 from kubediffusion.gateway.nodes import Fleet
 from kubediffusion.gateway.plan import ImagePlan
+from kubediffusion.gateway.timers import Timers
 from kubediffusion.gateway.values import tensors_of
-from kubediffusion.scheduling.placement import Placement, PlacementTask
-from kubediffusion.v1alpha1 import gateway_pb2, node_pb2, tensor_pb2
-
-
-class RunListener(Protocol):
-    """Who wants to know what becomes of an image."""
-
-    def started(self, run: ImageRun, stage: str, node: str) -> None: ...
-
-    def stepped(self, run: ImageRun, step: int, total_steps: int) -> None: ...
-
-    def previewed(self, run: ImageRun, step: int, image: tensor_pb2.TensorRef) -> None: ...
-
-    def resumed(self, run: ImageRun, task: TaskRun, reason: str) -> None: ...
-
-    def held(self, run: ImageRun, models: Sequence[str]) -> None: ...
-
-    def completed(self, run: ImageRun, image: tensor_pb2.Value) -> None: ...
-
-    def failed(self, run: ImageRun, error: KubeDiffusionError) -> None: ...
+from kubediffusion.scheduling.placement import Placement
+from kubediffusion.v1alpha1 import gateway_pb2, node_pb2
 
 
 class ImageRun:
@@ -57,7 +40,7 @@ class ImageRun:
             for producer in {source for source, _ in task.planned.ports.values()}:
                 self._readers[producer].append(task)
         self._touched: dict[NodeConnection, None] = {}
-        self._timers: dict[object, asyncio.TimerHandle] = {}
+        self._timers = Timers()
         self._waits = False
 
     @property
@@ -112,9 +95,7 @@ class ImageRun:
         if self.closed:
             return
         self.closed = True
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
+        self._timers.cancel_all()
         self._stop_waiting()
         request_id = self.plan.request_id
         cancelled: set[NodeConnection] = set()
@@ -138,7 +119,7 @@ class ImageRun:
         task.status = TaskStatus.WAITING
         if not self._inputs_ready(task):
             return
-        placement = self._fleet.place(self._placement_task(task))
+        placement = self._fleet.place(placement_task(task, self.tasks))
         node = None if placement is None else self._fleet.connections.get(placement.address)
         if placement is None or node is None or not placement.ready:
             self._hold(task)
@@ -159,61 +140,19 @@ class ImageRun:
             ready = ready and producer.status is TaskStatus.DONE
         return ready
 
-    def _placement_task(self, task: TaskRun) -> PlacementTask:
-        planned, checkpoint = task.planned, task.checkpoint
-        inputs: dict[str, int] = {}
-        for source, port in planned.ports.values():
-            if self.tasks[source].kept_by is not None:
-                for ref in tensors_of(self.tasks[source].outputs[port]):
-                    inputs[ref.address] = inputs.get(ref.address, 0) + ref.nbytes
-        resume, left = "", 1.0
-        if checkpoint is not None:
-            resume = checkpoint.fingerprint
-            left -= checkpoint.step / max(checkpoint.total_steps, 1)
-        return PlacementTask(
-            planned.model,
-            planned.stage,
-            planned.units,
-            planned.models[1:],
-            inputs,
-            task.failed_on,
-            resume,
-            left,
-        )
-
     def _assign(self, task: TaskRun, node: NodeConnection, placement: Placement) -> None:
         task.epoch += 1
         task.attempts += 1
         attempt = Attempt(self, task, node, placement, self._fleet.now())
-        message = self._message(task, placement)
+        message = assign_message(
+            self.plan, task, self.tasks, placement, self._config.checkpoint_every, self._fleet.now()
+        )
         if message.lease.HasField("resume"):
             attempt.resumed_at = message.lease.resume.step
         task.status = TaskStatus.ASSIGNED
         task.attempt = attempt
         self._touched[node] = None
         node.assign(attempt, message, self._fleet.next_serial())
-
-    def _message(self, task: TaskRun, placement: Placement) -> node_pb2.Assign:
-        planned = task.planned
-        message = node_pb2.Assign()
-        message.CopyFrom(planned.template)
-        message.key.epoch = task.epoch
-        message.expected_seconds = placement.run_seconds
-        for port, (source, output) in planned.ports.items():
-            message.inputs[port].CopyFrom(self.tasks[source].outputs[output])
-        if self.plan.deadline is not None:
-            left = self.plan.deadline - self._fleet.now()
-            message.remaining_ms = max(0, int(left * 1000))
-        if planned.stage == "denoise":
-            lease = message.lease
-            lease.checkpoint_every = self._config.checkpoint_every
-            if self.plan.previews and planned.steps:
-                lease.preview_every = -(-planned.steps // (self.plan.previews + 1))
-            if task.checkpoint is not None and placement.resumes:
-                lease.resume.CopyFrom(task.checkpoint)
-            for name, model in planned.helpers:  # on the lease's own node: no address
-                lease.helpers.add(kind=node_pb2.Helper.KIND_CONTROLNET, model=model, name=name)
-        return message
 
     # ------------------------------------------------------------ waiting for a node
 
@@ -223,7 +162,7 @@ class ImageRun:
             return
         self._waits = True
         self._fleet.wait(self._retry_held)
-        self._after("hold", self.plan.activation_timeout, self._held_too_long)
+        self._timers.after("hold", self.plan.activation_timeout, self._held_too_long)
         self._listener.held(self, self._fleet.missing(task.planned.models))
 
     def _retry_held(self) -> None:
@@ -237,8 +176,7 @@ class ImageRun:
         if self._waits:
             self._waits = False
             self._fleet.unwait(self._retry_held)
-            if (timer := self._timers.pop("hold", None)) is not None:
-                timer.cancel()
+            self._timers.cancel("hold")
 
     def _held_too_long(self) -> None:
         task = next(t for t in self.tasks.values() if t.status is TaskStatus.HELD).planned
@@ -346,7 +284,8 @@ class ImageRun:
     def _failed(self, attempt: Attempt, body: node_pb2.Failed) -> None:
         if body.reason == node_pb2.FAILURE_REASON_INVALID_INPUT:
             self._leave(attempt)
-            self._fail(InvalidInput(body.message, field=body.field))
+            field = attempt.task.planned.field_of(body.field)
+            self._fail(InvalidInput(body.message, field=field))
         elif body.reason == node_pb2.FAILURE_REASON_INPUT_LOST:
             self._input_lost(attempt, body)
         else:
@@ -398,7 +337,7 @@ class ImageRun:
             return
         task.status = TaskStatus.BACKOFF
         delay = min(retries.backoff_first * 2 ** (task.failures - 2), retries.backoff_most)
-        self._after(task, delay, lambda: self._dispatch(task))
+        self._timers.after(task, delay, lambda: self._dispatch(task))
 
     def _run_again(self, producer: TaskRun, reason: str, message: str = "") -> None:
         """A task that was done becomes one to do, because its outputs are gone."""
@@ -429,15 +368,6 @@ class ImageRun:
         if not self.closed:
             self.close()
             self._listener.failed(self, error)
-
-    def _after(self, key: object, delay: float, action: Callable[[], None]) -> None:
-        def fire() -> None:
-            self._timers.pop(key, None)
-            action()
-
-        if (old := self._timers.pop(key, None)) is not None:
-            old.cancel()
-        self._timers[key] = asyncio.get_running_loop().call_later(delay, fire)
 
 
 _HANDLERS: Mapping[str, Callable[[ImageRun, Attempt, Any], None]] = {

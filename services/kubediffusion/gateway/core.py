@@ -139,6 +139,7 @@ class Gateway:
             # What is wrong in itself is said now, and not when the models are there.
             order.check(facts)
             self._admit(flight, order, [], None, cold=True)
+            flight.held_stages = self._missing_stages(order)
             facts = await self._facts_in_time(flight, order)
         bound = order.bind(facts)
         plans = planning.plan_images(order, bound, facts, flight.request_id)
@@ -243,6 +244,17 @@ class Gateway:
         """Roles that the request needs and whose model no node ever had."""
         known, models = self.fleet.facts, order.workflow.models
         return [r for r in planning.roles_needed(order) if models[r].identity not in known]
+
+    def _missing_stages(self, order: planning.Order) -> list[tuple[str, str]]:
+        """(model, stage) of what has no node: demand that brings models up from zero."""
+        roles, models = planning.roles_needed(order), order.workflow.models
+        missing = set(self.fleet.missing(models[role].identity for role in roles))
+        stages = {
+            (models[node.role].identity, node.stage)
+            for node in order.workflow.graph.nodes
+            if node.role in roles
+        }
+        return sorted(stage for stage in stages if stage[0] in missing)
 
     async def _facts_in_time(self, flight: Flight, order: planning.Order) -> Mapping[str, Facts]:
         """Waits for models to come up for the first time, which only they can tell the facts of."""

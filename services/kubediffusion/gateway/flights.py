@@ -32,7 +32,7 @@ class Subscriber:
     """One listener's events, in order."""
 
     def __init__(self, flight: Flight) -> None:
-        self._flight = flight
+        self.flight = flight
         self._events: deque[gateway_pb2.GenerateEvent] = deque(flight.history)
         self._wake: asyncio.Future[None] | None = None
 
@@ -48,7 +48,7 @@ class Subscriber:
 
     async def next(self) -> gateway_pb2.GenerateEvent:
         """Raises the flight's error at its end, if it has one, else StopAsyncIteration."""
-        events, flight = self._events, self._flight
+        events, flight = self._events, self.flight
         while not events:
             if flight.ended or not flight.has(self):
                 self.leave()
@@ -64,7 +64,7 @@ class Subscriber:
         return events.popleft()
 
     def leave(self) -> None:
-        self._flight.leave(self)
+        self.flight.leave(self)
         self._events.clear()
 
 
@@ -95,7 +95,10 @@ class Events(AsyncGenerator[gateway_pb2.GenerateEvent, None]):
         raise error[-1] if isinstance(error[-1], BaseException) else error[0]
 
     async def aclose(self) -> None:
+        """When this returns, nothing of a request that has ended runs in this process."""
         self._leave()
+        if self._subscriber is not None:
+            await self._subscriber.flight.settled()
 
     def _leave(self) -> None:
         self._closed = True
@@ -134,6 +137,8 @@ class Flight:
         self.since = now()
         # Images of it that count against the queue's bound.
         self.admitted = 0
+        # Stages (model, stage) of a request that waits for models to come up for the first time.
+        self.held_stages: list[tuple[str, str]] = []
         self._delivery = delivery
         self._measures = measures
         self._previews = 0
@@ -203,6 +208,10 @@ class Flight:
     @property
     def succeeded(self) -> bool:
         return self.ended and self.error is None and self._images_left == 0
+
+    async def settled(self) -> None:
+        if self.ended and self._work:
+            await asyncio.wait(list(self._work))
 
     def whereabouts(self) -> list[str]:
         """Of each image: held (no node can take it), running, or queued."""

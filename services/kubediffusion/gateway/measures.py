@@ -107,6 +107,8 @@ class Measures:
                 flights[self._label(flight.request.workflow), state] += 1
             for run in flight.runs:
                 tasks.update(run.task_states())
+            for model, stage in flight.held_stages if not flight.runs else ():
+                tasks[model, stage, "held"] += flight.admitted
         for workflow in self._workflows:
             for state in GATEWAY_STATES:
                 metrics.requests_now.labels(workflow, state).set(flights[workflow, state])

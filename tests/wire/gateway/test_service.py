@@ -156,3 +156,19 @@ async def test_demand_is_shown_while_a_model_has_no_node(tmp_path):
         await events.aclose()
         gateway.measures.refresh()
         assert_empty(gateway)
+
+
+async def test_a_request_for_models_never_seen_is_demand_for_each_of_them(tmp_path):
+    async with gateway_over([]) as gateway:
+        events = gateway.generate(request(n=2))
+        assert (await anext(events)).queued.cold
+        gateway.measures.refresh()
+        for identity, kind in one_node(tmp_path).models.items():
+            stage = {"text": "encode", "dit": "denoise", "vae": "decode"}[kind]
+            value = gateway.measures.registry.get_sample_value(
+                "kubediffusion_gateway_model_tasks",
+                {"model": identity, "stage": stage, "state": "held"},
+            )
+            assert value == 2.0
+        await events.aclose()
+        assert_empty(gateway)

@@ -1,0 +1,68 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""A task as placement sees it, and as a node is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kubediffusion.gateway.attempts import TaskRun
+from kubediffusion.gateway.plan import ImagePlan
+from kubediffusion.gateway.values import tensors_of
+from kubediffusion.scheduling.placement import Placement, PlacementTask
+from kubediffusion.v1alpha1 import node_pb2
+
+
+def placement_task(task: TaskRun, tasks: Mapping[str, TaskRun]) -> PlacementTask:
+    """What placement must know; `tasks` are all of the image, by name."""
+    planned, checkpoint = task.planned, task.checkpoint
+    inputs: dict[str, int] = {}
+    for source, port in planned.ports.values():
+        if tasks[source].kept_by is not None:
+            for ref in tensors_of(tasks[source].outputs[port]):
+                inputs[ref.address] = inputs.get(ref.address, 0) + ref.nbytes
+    resume, left = "", 1.0
+    if checkpoint is not None:
+        resume = checkpoint.fingerprint
+        left -= checkpoint.step / max(checkpoint.total_steps, 1)
+    return PlacementTask(
+        planned.model,
+        planned.stage,
+        planned.units,
+        planned.models[1:],
+        inputs,
+        task.failed_on,
+        resume,
+        left,
+    )
+
+
+def assign_message(
+    plan: ImagePlan,
+    task: TaskRun,
+    tasks: Mapping[str, TaskRun],
+    placement: Placement,
+    checkpoint_every: int,
+    now: float,
+) -> node_pb2.Assign:
+    """The task's next attempt, with what its producers gave."""
+    planned = task.planned
+    message = node_pb2.Assign()
+    message.CopyFrom(planned.template)
+    message.key.epoch = task.epoch
+    message.expected_seconds = placement.run_seconds
+    for port, (source, output) in planned.ports.items():
+        message.inputs[port].CopyFrom(tasks[source].outputs[output])
+    if plan.deadline is not None:
+        left = plan.deadline - now
+        message.remaining_ms = max(0, int(left * 1000))
+    if planned.stage == "denoise":
+        lease = message.lease
+        lease.checkpoint_every = checkpoint_every
+        if plan.previews and planned.steps:
+            lease.preview_every = -(-planned.steps // (plan.previews + 1))
+        if task.checkpoint is not None and placement.resumes:
+            lease.resume.CopyFrom(task.checkpoint)
+        for name, model in planned.helpers:  # on the lease's own node: no address
+            lease.helpers.add(kind=node_pb2.Helper.KIND_CONTROLNET, model=model, name=name)
+    return message
