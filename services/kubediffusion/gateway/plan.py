@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kubediffusion.v1alpha1 import node_pb2
 
@@ -26,6 +26,11 @@ class PlannedTask:
     units: float = 1.0
     steps: int = 0
     helpers: tuple[tuple[str, str], ...] = ()  # name and model of each ControlNet
+    inputs: Mapping[str, str] = field(default_factory=dict[str, str])  # the caller's, by port
+
+    def field_of(self, port: str) -> str:
+        """A port as the caller knows it: ``inputs.prompt``."""
+        return f"inputs.{self.inputs[port]}" if port in self.inputs else port
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -35,9 +35,7 @@ def test_a_verdict_follows_from_the_numbers(ahead, solo, left, queued, count):
     late = solo is not None and left is not None and ahead + solo > left
     assert isinstance(verdict, Shed) == (full or late)
     if isinstance(verdict, Shed):
-        assert verdict.reason is (
-            ShedReason.QUEUE_FULL if full else ShedReason.DEADLINE_INFEASIBLE
-        )
+        assert verdict.reason is (ShedReason.QUEUE_FULL if full else ShedReason.DEADLINE_INFEASIBLE)
         assert MIN_RETRY_SECONDS <= verdict.retry_after <= MAX_RETRY_SECONDS
 
 
