@@ -29,7 +29,7 @@ class FromInputs:
         self, values: Mapping[str, Value], facts: Facts, live: AbstractSet[str]
     ) -> Constant | None:
         name = self.choose(values)
-        return None if name is None else Constant(values[name])
+        return None if name is None else Constant(values[name], name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,10 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
+    """A value; `input` is the request's input it came from, so that an error can name it."""
+
     value: Value
+    input: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
