@@ -6,10 +6,10 @@
     builtin://tiny-sd3          a model that comes with this package
     hf://org/name[/sub/folder]  a repository of the Hugging Face Hub, at a pinned revision
 
-Downloads go into huggingface_hub's cache: they resume where they were cut off, are shared by all
-processes of a machine, and serve without a network. ``HF_TOKEN``, ``HF_HOME``, ``HF_ENDPOINT`` and
-``HF_HUB_OFFLINE`` mean what they mean everywhere. Only safetensors, JSON and tokenizer files are
-ever fetched.
+Downloads go into huggingface_hub's cache: a connection that breaks is taken up where it broke,
+files are shared by all processes of a machine, and serve without a network. ``HF_TOKEN``,
+``HF_HOME``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` mean what they mean everywhere. Only
+safetensors, JSON and tokenizer files are ever fetched.
 """
 
 from __future__ import annotations
@@ -19,18 +19,27 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from glob import escape
+from pathlib import Path, PurePosixPath
+from threading import Lock, RLock
 from typing import Any
 
-from kubediffusion.errors import InvalidInput, SourceUnavailable, UnsupportedModel
+from kubediffusion.errors import (
+    InvalidInput,
+    KubeDiffusionError,
+    SourceUnavailable,
+    UnsupportedModel,
+)
 
-# (bytes so far, bytes in all); 0 in all while that is unknown.
+# (bytes so far, bytes of all files that have begun): neither ever falls, and they end up equal.
+# Not called where nothing has to be fetched.
 Progress = Callable[[int, int], None]
 
-_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
+_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 _PACKAGE = Path(__file__).parent
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)*")
+_REVISION = re.compile(r"\w[\w.\-+@]*(/\w[\w.\-+@]*)*")
 
 
 @dataclass(frozen=True)
@@ -60,23 +69,34 @@ def open(  # noqa: A001 - read as `sources.open`
 
     `allow` are glob patterns below the source's root that are needed; all files where empty. A
     branch or tag as `revision` is resolved to a commit. Raises SourceUnavailable (reasons
-    SourceNotFound, RevisionNotFound, Unauthorized, Offline, DiskFull, Truncated) and InvalidInput.
+    SourceNotFound, RevisionNotFound, Unauthorized, Offline, DiskFull, Truncated), InvalidInput,
+    and UnsupportedModel where `allow` names a file that is never fetched.
     """
     scheme, rest = _split(uri)
+    _check_subfolder(subfolder)
     if scheme == "hf":
-        source = _open_hub(rest, revision, subfolder, allow, progress)
-    elif scheme == "builtin":
-        source = LocalSource(_builtin(rest))
-    else:
-        source = LocalSource(Path(rest))
-    path = source.path / subfolder if subfolder else source.path
-    if not path.exists():
+        return _open_hub(rest, revision, subfolder, allow, progress)
+    root = _builtin(rest) if scheme == "builtin" else Path(rest)
+    path = root / subfolder if subfolder else root
+    try:
+        found = path.exists()
+        # Files may be links, as in the Hub's cache; a folder that leads elsewhere is no part.
+        inside = not path.is_dir() or path.resolve().is_relative_to(root.resolve())
+    except OSError as error:
+        raise SourceUnavailable(
+            f"{uri}: {path} cannot be read: {error.strerror}; let this process read it",
+            field="uri",
+            reason="Unauthorized" if error.errno in (errno.EACCES, errno.EPERM) else "",
+        ) from error
+    if not found:
         raise SourceUnavailable(
             f"{uri}: there is no {path}; check the path, and that the volume is mounted",
             field="uri",
             reason="SourceNotFound",
         )
-    return LocalSource(path, source.commit)
+    if not inside:
+        raise InvalidInput(f"{subfolder!r} leads out of {uri}", field="subfolder")
+    return LocalSource(path)
 
 
 def read_index(uri: str, revision: str = "") -> Index:
@@ -88,7 +108,9 @@ def read_index(uri: str, revision: str = "") -> Index:
     file = source.path / "model_index.json"
     try:
         raw = json.loads(file.read_text())
-    except FileNotFoundError:
+        if not isinstance(raw, dict):
+            raise ValueError("it is no JSON object")
+    except (FileNotFoundError, NotADirectoryError):
         raise UnsupportedModel(
             f"{uri} has no model_index.json: it is no pipeline in diffusers' layout",
             field="spec.pipeline.source.uri",
@@ -96,7 +118,7 @@ def read_index(uri: str, revision: str = "") -> Index:
         ) from None
     except (OSError, ValueError) as error:
         raise UnsupportedModel(
-            f"{uri}: model_index.json cannot be read: {error}",
+            f"{uri}: model_index.json cannot be read: {error}; fetch it again",
             field="spec.pipeline.source.uri",
             reason="BadWeights",
         ) from error
@@ -124,6 +146,15 @@ def _split(uri: str) -> tuple[str, str]:
     if scheme != "file" and (not _NAME.fullmatch(rest) or ".." in rest):
         raise InvalidInput(f"{uri!r}: {rest!r} is no name of a source", field="uri")
     return scheme, rest
+
+
+def _check_subfolder(subfolder: str) -> None:
+    path = PurePosixPath(subfolder)
+    if path.is_absolute() or ".." in path.parts or "\\" in subfolder or "\0" in subfolder:
+        raise InvalidInput(
+            f"{subfolder!r} must be a folder inside of the source, such as 'transformer'",
+            field="subfolder",
+        )
 
 
 def _builtin_root() -> Path:
@@ -156,79 +187,143 @@ def _open_hub(
     org, name, *below = [*rest.split("/"), ""]
     if not name:
         raise InvalidInput(f"hf://{rest}: write hf://org/name", field="uri")
+    if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise InvalidInput(f"{revision!r} is no branch, tag or commit", field="revision")
+    repo = f"{org}/{name}"
     folder = "/".join(part for part in (*below, subfolder) if part)
-    prefix = f"{folder}/" if folder else ""
-    patterns = [prefix + pattern for pattern in (allow or _FILES)]
-    reporter: dict[str, Any] = {} if progress is None else {"tqdm_class": _reporter(progress)}
+    patterns = _patterns(f"{escape(folder)}/" if folder else "", allow)
     try:
-        path = snapshot_download(
-            f"{org}/{name}",
-            revision=revision or None,
-            allow_patterns=patterns,
-            ignore_patterns=["*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.onnx"],
-            **reporter,
+        snapshot = Path(
+            snapshot_download(
+                repo,
+                revision=revision or None,
+                allow_patterns=patterns,
+                tqdm_class=_bars(progress or (lambda done, total: None)),
+            )
         )
+        commit = snapshot.name if _COMMIT.fullmatch(snapshot.name) else ""
+        path = snapshot / folder
+        if not path.exists():
+            _keep_empty(path, repo, folder, commit)
     except Exception as error:
         raise _hub_error(f"hf://{rest}", revision, error) from error
-    commit = Path(path).name
-    root = Path(path)
-    for part in below:
-        root = root / part if part else root
-    return LocalSource(root, commit if _COMMIT.fullmatch(commit) else "")
+    return LocalSource(path, commit)
 
 
-def _reporter(progress: Progress) -> Any:
-    """The bar that huggingface_hub updates, told on instead of drawn."""
+def _patterns(prefix: str, allow: Sequence[str]) -> list[str]:
+    """`allow`, narrowed to files that cannot run code."""
+    out: list[str] = []
+    for pattern in allow or ("*",):
+        if pattern.endswith(_SUFFIXES):
+            out.append(prefix + pattern)
+        elif pattern.endswith("*"):
+            out += [prefix + pattern + suffix for suffix in _SUFFIXES]
+        else:
+            raise UnsupportedModel(
+                f"{pattern} is not fetched: only safetensors are loaded, as a pickle can run code",
+                field="uri",
+                reason="NotSafetensors",
+            )
+    return out
+
+
+def _keep_empty(path: Path, repo: str, folder: str, commit: str) -> None:
+    """A folder of the repository in which nothing is allowed is there all the same, but empty."""
+    from huggingface_hub import HfApi
+
+    if folder:
+        next(iter(HfApi().list_repo_tree(repo, folder, revision=commit or None)), None)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+class _Counter:
+    """Adds up what several bars count in several threads."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._lock = Lock()
+        self._bars: list[Any] = []
+        self._told = (0, 0)
+
+    def add(self, bar: Any) -> None:
+        self._bars.append(bar)
+
+    def count(self, bar: Any, n: float) -> None:
+        # There is a bar for bytes received and one for bytes written, of the same files: the
+        # larger counts. A server that ignores Range makes them fall back; that is not told.
+        with self._lock:
+            bar.n += n
+            done = max(self._told[0], *(int(each.n) for each in self._bars))
+            total = max(self._told[1], done, *(int(each.total or 0) for each in self._bars))
+            if (done, total) != self._told:
+                self._told = (done, total)
+                self._progress(done, total)
+
+
+def _bars(progress: Progress) -> Any:
+    """The class of bars that huggingface_hub updates: they tell instead of drawing."""
     from tqdm import tqdm
 
-    class Reporter(tqdm):
-        """Files of a snapshot download at once; the bytes of all of them are added up."""
+    counter = _Counter(progress)
 
-        done = 0
-        total_bytes = 0
-
+    class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.counts_bytes = kwargs.get("unit") == "B"
-            kwargs["disable"] = True
-            super().__init__(*args, **kwargs)
+            super().__init__(*args, **(kwargs | {"disable": True}))
             if self.counts_bytes:
-                Reporter.total_bytes += int(kwargs.get("total") or 0)
-                Reporter.done += int(kwargs.get("initial") or 0)
+                counter.add(self)
 
         def update(self, n: float | None = 1) -> bool | None:
             if self.counts_bytes:
-                Reporter.done += int(n or 0)
-                progress(Reporter.done, max(Reporter.total_bytes, Reporter.done))
+                counter.count(self, n or 0)
             return None
 
-    return Reporter
+    # tqdm's own lock is one of multiprocessing, whose helper process would outlive the download.
+    Bar.set_lock(RLock())
+    return Bar
 
 
 def _hub_error(uri: str, revision: str, error: Exception) -> Exception:
-    """What went wrong and what to do, by the kind of huggingface_hub's error."""
-    from huggingface_hub import errors as hub
-
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    if full or "No space left" in str(error):
+    """What went wrong and what to do. huggingface_hub hides a cause behind "not in the cache"."""
+    if isinstance(error, KubeDiffusionError):
+        return error
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    # By name: its HTTP library, and so the classes of its errors, differ from version to version.
+    kinds = {kind.__name__ for each in chain for kind in type(each).__mro__}
+    status = max(getattr(getattr(each, "response", None), "status_code", 0) for each in chain)
+    numbers = {each.errno for each in chain if isinstance(each, OSError)}
+    if numbers & {errno.ENOSPC, errno.EDQUOT}:
         reason, text = "DiskFull", "the disk of the model cache is full; free some, or set HF_HOME"
-    elif isinstance(error, hub.GatedRepoError) or status in (401, 403):
+    elif "GatedRepoError" in kinds or status in (401, 403):
         reason = "Unauthorized"
-        text = "access is refused; accept the model's terms and set HF_TOKEN to a token that may"
-    elif isinstance(error, hub.RevisionNotFoundError):
-        reason, text = "RevisionNotFound", f"there is no revision {revision!r}; fix it"
-    elif isinstance(error, hub.RepositoryNotFoundError):
+        text = (
+            "access is refused, or there is no such repository; check the name, accept the "
+            "model's terms, and set HF_TOKEN to a token that may read it"
+        )
+    elif "RevisionNotFoundError" in kinds:
+        reason = "RevisionNotFound"
+        text = f"there is no revision {revision or 'main'!r}; name a branch, tag or commit of it"
+    elif "RemoteEntryNotFoundError" in kinds:
+        reason, text = "SourceNotFound", "there is no such folder in the repository"
+    elif "RepositoryNotFoundError" in kinds or status == 404:
         reason = "SourceNotFound"
-        text = "there is no such repository, or HF_TOKEN may not see it"
-    elif isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
-        reason = "Offline"
-        text = "the Hub cannot be reached and the cache has no such files; connect once to fetch"
-    elif "onsistency check" in str(error) or "ncomplete" in str(error):
-        reason, text = "Truncated", "the download broke off; it goes on from there at the next try"
-    elif isinstance(error, hub.HFValidationError):
+        text = "there is no such repository, or HF_TOKEN may not see it; check the name"
+    elif "HFValidationError" in kinds:
         return InvalidInput(f"{uri}: {error}", field="uri")
-    elif isinstance(error, OSError) or status:
-        reason, text = "Offline", f"the Hub does not answer ({type(error).__name__}: {error})"
+    elif kinds & {"RemoteProtocolError", "ReadError", "XetDownloadError"} or (
+        "onsistency check" in str(error)
+    ):
+        reason = "Truncated"
+        text = "the download broke off; try again, whole files are kept"
+    elif status or kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError"}:
+        why = f"answers with HTTP {status}" if status else "cannot be reached"
+        reason, text = "Offline", f"the Hub {why} and the cache lacks these files; fetch them once"
+    elif isinstance(error, OSError):
+        reason, text = "", f"the model cache cannot be written: {error}; set HF_HOME"
+    elif isinstance(error, ValueError):
+        return UnsupportedModel(f"{uri}: {error}", field="uri", reason="BadWeights")
     else:
         return error
     return SourceUnavailable(f"{uri}: {text}", field="uri", reason=reason)
