@@ -44,7 +44,8 @@ def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
 
 
 def indented(content: RenderableType) -> Padding:
-    return Padding(content, (0, 0, 0, 2))
+    # Not padded to the right: a terminal that echoes ^C there would begin another line.
+    return Padding(content, (0, 0, 0, 2), expand=False)
 
 
 # ---------------------------------------------------------------- where the time went

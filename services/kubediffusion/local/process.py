@@ -11,6 +11,7 @@ for every later run in it.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import gc
 import multiprocessing
@@ -30,6 +31,8 @@ from kubediffusion.node import NodeConfig
 
 _context = multiprocessing.get_context("forkserver")
 _starting = threading.Lock()
+# Set when the server has forked its first node: it has imported everything then.
+_warm = threading.Event()
 
 
 def warm_up(modules: Sequence[str]) -> None:
@@ -37,9 +40,20 @@ def warm_up(modules: Sequence[str]) -> None:
 
     Only the first call in a process chooses them; what a node lacks it imports itself.
     """
+    # A server that still imports would see only after seconds that we are gone.
+    atexit.unregister(_give_up_warming)
+    atexit.register(_give_up_warming)
     with _starting:
         _context.set_forkserver_preload(["kubediffusion.local.hush", *modules])
         forkserver.ensure_running()
+
+
+def _give_up_warming() -> None:
+    """Ends a server that nobody waits for any more, unless it is warm: then it ends with us."""
+    pid: int | None = forkserver._forkserver._forkserver_pid  # pyright: ignore
+    if pid is not None and not _warm.is_set():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 class NodeProcess:
@@ -58,9 +72,19 @@ class NodeProcess:
         """It calls `serve`; its output goes to `log`. If this process here just dies, it removes
         the folder `run`."""
         process = _context.Process(target=_node, args=(config, log, run, serve), daemon=True)
+        unwanted = threading.Event()
+        # Waits for the server's imports, the first time.
+        starting = asyncio.ensure_future(asyncio.to_thread(_start, process, unwanted))
         try:
-            # Waits for the server's imports, the first time.
-            await asyncio.to_thread(_start, process)
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # A thread cannot be cancelled, but what it waits for can be ended.
+            unwanted.set()
+            _give_up_warming()
+            with contextlib.suppress(EOFError, OSError):
+                await starting
+                await cls(process).kill()
+            raise
         except (EOFError, OSError) as error:
             raise Unavailable(
                 f"cannot start a node process: {error or 'the fork server ended'}; to see why, run "
@@ -77,6 +101,11 @@ class NodeProcess:
         """Its exit code, or minus the signal that ended it."""
         return await asyncio.shield(self._ended)
 
+    async def kill(self) -> None:
+        """No process stays behind, nor a zombie of it."""
+        self.signal(signal.SIGKILL)
+        await self.wait()
+
     def _end(self) -> None:
         self._loop.remove_reader(self._process.sentinel)
         self._process.join()
@@ -88,9 +117,12 @@ class NodeProcess:
                 os.kill(self.pid, number)
 
 
-def _start(process: Any) -> None:
+def _start(process: Any, unwanted: threading.Event) -> None:
     with _starting:
+        if unwanted.is_set():
+            raise EOFError
         process.start()
+        _warm.set()
 
 
 # ---------------------------------------------------------------- inside the node's process

@@ -216,7 +216,12 @@ class _Keeper:
         self._ready_since = None
         self._models = ()
         self._folder.announcement(self.plan.name).unlink(missing_ok=True)
-        process = await self._start_process()
+        process = await NodeProcess.start(
+            self._supervisor.config(self.plan),
+            self._folder.log(self.plan.name),
+            self._folder.path,
+            self._supervisor.serve,
+        )
         loading: asyncio.Task[None] | None = None
         try:
             self._process = process
@@ -229,24 +234,7 @@ class _Keeper:
             self._metrics_port = 0
             if loading is not None:
                 loading.cancel()
-            await _reap(process)
-
-    async def _start_process(self) -> NodeProcess:
-        starting = asyncio.ensure_future(
-            NodeProcess.start(
-                self._supervisor.config(self.plan),
-                self._folder.log(self.plan.name),
-                self._folder.path,
-                self._supervisor.serve,
-            )
-        )
-        try:
-            return await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            # A thread cannot be cancelled: see to it that what it starts does not stay.
-            with contextlib.suppress(KubeDiffusionError):
-                await _reap(await starting)
-            raise
+            await asyncio.shield(process.kill())
 
     async def _load(self) -> None:
         """Sends the plan and follows the models until they are ready."""
@@ -335,12 +323,6 @@ class _Keeper:
         kind = UnsupportedModel if status.reason in _WEIGHTS_AT_FAULT else Unavailable
         message = status.message or "cannot be loaded"
         return kind(message, field=f"models.{role}", reason=status.reason)
-
-
-async def _reap(process: NodeProcess) -> None:
-    """No process stays behind, nor a zombie of it."""
-    process.signal(signal.SIGKILL)
-    await asyncio.shield(process.wait())
 
 
 def _tail(path: Path) -> list[str]:
