@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kubediffusion.local.folders import RunFolder, RunState, running, sweep
@@ -38,6 +39,7 @@ def supervised(base: Path) -> Iterator[Run]:
     )
     try:
         assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
         path, *pids = process.stdout.readline().split()
         folder = Path(path)
         shm = Path("/dev/shm") / f"kubediffusion-{os.getuid()}-{folder.name}"
@@ -68,9 +70,35 @@ def test_nothing_outlives_the_supervisor(run_base: Path, number: signal.Signals)
         assert run.process.returncode == 130
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_stopping_does_not_wait_for_the_fork_servers_imports(
+    run_base: Path, number: signal.Signals
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(run_base), "slow_import"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        children = _children(process.pid)
+        process.send_signal(number)
+        assert process.wait(WAIT) == 130
+        for pid in children:
+            _until(lambda pid=pid: not _alive(pid), f"process {pid} is gone")
+        assert os.listdir(run_base) == []
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
 def test_a_node_whose_fork_server_dies_is_not_left_alone(run_base: Path) -> None:
     with supervised(run_base) as run:
-        server = _parent(run.pids[0])
+        server = psutil.Process(run.pids[0]).ppid()
         assert server in run.children
         os.kill(server, signal.SIGKILL)
         for pid in run.pids:
@@ -115,13 +143,7 @@ def _pid(announcement: Path) -> int:
 
 
 def _children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
-
-
-def _parent(pid: int) -> int:
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    return int(stat.rpartition(")")[2].split()[1])
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 def _alive(pid: int) -> bool:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A supervisor in a process of its own, to be killed: prints the pids of its nodes, then waits.
 
-python supervise.py BASE
+python supervise.py BASE [MODULE that the fork server imports]
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ async def main(base: Path) -> None:
     folder = RunFolder(base)
     supervisor = Supervisor(plans("vae", "transformer"), folder, serve=serve_light)
     supervisor.start()
+    print("started", flush=True)
     try:
         await supervisor.wait_ready()
         # A node holds tensors in shared memory while it lives.
@@ -36,7 +37,7 @@ async def main(base: Path) -> None:
 
 
 if __name__ == "__main__":
-    warm_up([])
+    warm_up(sys.argv[2:])
     try:
         run_async(main(Path(sys.argv[1])))
     except (KeyboardInterrupt, asyncio.CancelledError):
