@@ -71,18 +71,17 @@ class Node:
         old = self.sessions.get(session.gateway_id)
         if old is not None:
             # It reconnected before we noticed that its former stream had broken.
-            self.close(old)
-            old.close(Unavailable("the gateway opened another stream", reason="Superseded"))
+            self.close(old, Unavailable("the gateway opened another stream", reason="Superseded"))
         self.sessions[session.gateway_id] = session
         self._store.touch(session.gateway_id, session.lease_seconds)
         welcome = node_pb2.Welcome(node=self._describe(), protocol=protocol)
         session.outbox.send(node_pb2.WorkEvent(welcome=welcome))
         self._metrics.gateways.set(len(self.sessions))
 
-    def close(self, session: Session) -> None:
+    def close(self, session: Session, error: KubeDiffusionError | None = None) -> None:
         """The stream is over. Its tasks stop, for the coordinator gives them to another node;
         its tensors stay until the gateway's lease lapses, for it may come back for them."""
-        session.close()
+        session.close(error)
         if self.sessions.get(session.gateway_id) is session:
             del self.sessions[session.gateway_id]
             self._metrics.gateways.set(len(self.sessions))
@@ -116,8 +115,7 @@ class Node:
         for gateway_id in self._store.expire():
             session = self.sessions.get(gateway_id)
             if session is not None:
-                self.close(session)
-                session.close(Unavailable("silent beyond its lease", reason="LeaseLapsed"))
+                self.close(session, Unavailable("silent beyond its lease", reason="LeaseLapsed"))
         self._freed.set()
         self._inputs.trim()
 
@@ -195,6 +193,8 @@ class Node:
         try:
             await self._inputs.gather(task)
         except TensorLost as error:
+            if task.ended:
+                return
             self._ended(task, "failed")
             event = _failed(task.key, node_pb2.FAILURE_REASON_INPUT_LOST, error)
             event.failed.lost_tensors.extend(error.tensor_ids)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kubediffusion.errors import UnsupportedModel
+from kubediffusion.errors import InvalidInput, UnsupportedModel
 from kubediffusion.models.base import Family
 from kubediffusion.node.tasks import Progress
 from kubediffusion.node.weights import Weights, inspect
@@ -64,6 +64,7 @@ class Library:
 
     def fetch(self, spec: node_pb2.ModelSpec, progress: Progress) -> Files:
         """Downloads what this component needs of its pipeline, if it is not here. Blocking."""
+        _check_inside(spec.subfolder)
         source = self._open(
             spec.uri, spec.revision, allow=_needed(spec.subfolder), progress=progress
         )
@@ -72,10 +73,17 @@ class Library:
 
     def fetch_lora(self, lora: node_pb2.LoraUse) -> Path:
         """The LoRA's file or folder. Blocking."""
+        _check_inside(lora.subfolder)
+        _check_inside(lora.weight_name)
         name = lora.weight_name or "*.safetensors"
         allow = (f"{lora.subfolder}/{name}" if lora.subfolder else name,)
         source = self._open(lora.uri, lora.revision, allow=allow)
         return source.path / lora.subfolder if lora.subfolder else source.path
+
+
+def _check_inside(relative: str) -> None:
+    if relative.startswith("/") or ".." in relative.split("/"):
+        raise InvalidInput(f"{relative!r} leads out of its source", field="subfolder")
 
 
 def _needed(subfolder: str) -> tuple[str, ...]:

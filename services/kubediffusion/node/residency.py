@@ -31,6 +31,8 @@ from kubediffusion.v1alpha1 import node_pb2
 # A source that does not answer is asked again after 1, 2, 4, ... seconds, so often in all.
 LOAD_ATTEMPTS = 6
 FIRST_RETRY_SECONDS = 1.0
+# A source that answers so will answer the same in a second.
+LASTING = frozenset({"SourceNotFound", "RevisionNotFound", "Unauthorized", "Offline"})
 MAX_MODELS = 256
 
 PENDING = node_pb2.MODEL_STATE_PENDING
@@ -276,7 +278,11 @@ class Residency:
             log.error("loading %s failed", resident.identity, exc_info=error)
             status.reason = "LoadFailed"
             status.message = f"unexpected {type(error).__name__}: {error}"
-        again = isinstance(error, SourceUnavailable) and resident.attempts < LOAD_ATTEMPTS
+        again = (
+            isinstance(error, SourceUnavailable)
+            and error.reason not in LASTING
+            and resident.attempts < LOAD_ATTEMPTS
+        )
         if again:
             pause = FIRST_RETRY_SECONDS * 2 ** (resident.attempts - 1)
             resident.retry_at = self._now() + pause

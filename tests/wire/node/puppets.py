@@ -218,6 +218,14 @@ class Rig:
         self.server = NodeServer(self.config, self.shelf.library, now=self.clock)
         self.store = self.server.store
         self._channels: list[grpc.aio.Channel] = []
+        self._residency_changed = asyncio.Event()
+        told = self.server.residency.on_change
+
+        def on_change() -> None:
+            told()
+            self._residency_changed.set()
+
+        self.server.residency.on_change = on_change
 
     async def start(self, models: Sequence[node_pb2.ModelSpec] = MODELS) -> Rig:
         await self.server.start()
@@ -241,22 +249,23 @@ class Rig:
         return {status.identity: status for status in node.models}
 
     async def settled(self) -> dict[str, node_pb2.ModelStatus]:
-        """Waits until nothing is pending, loading or being evicted."""
+        """Waits until what is planned is there or has failed, and nothing else is there."""
         calm = (node_pb2.MODEL_STATE_READY, node_pb2.MODEL_STATE_FAILED)
+        residency = self.server.residency
         await self.until(
             lambda: (
-                all(s.state in calm for s in self.server.residency.statuses())
-                and {s.identity for s in self.server.residency.statuses()}
-                == set(self.server.residency._planned)
+                {s.identity for s in residency.statuses()} == set(residency._planned)
+                and all(s.state in calm for s in residency.statuses())
             )
         )
         return await self.statuses()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Waits for the node's own state, looking again whenever its loop has done something."""
+        """Waits for a state of the residency; looks again at each of its changes."""
         async with asyncio.timeout(WAIT):
             while not condition():
-                await asyncio.sleep(0.002)
+                self._residency_changed.clear()
+                await self._residency_changed.wait()
 
     async def gateway(self, gateway_id: str = "g1", lease_seconds: int = 30) -> Gateway:
         gateway = Gateway(self.channel(), gateway_id)
