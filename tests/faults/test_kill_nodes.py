@@ -17,7 +17,7 @@ from kubediffusion.v1alpha1 import gateway_pb2
 
 STEPS = 20
 EVERY = 4
-GENERATIONS = 16
+GENERATIONS = 8
 
 
 def request(seed: int) -> gateway_pb2.GenerateRequest:
@@ -64,7 +64,7 @@ async def generate(gateway: Gateway, seed: int, on_event=None):
 
 
 async def test_every_generation_survives_the_death_of_a_node_and_gives_the_same_picture(tmp_path):
-    """A node dies at a random point of each of 16 generations, and comes back a little later."""
+    """A node dies at a random point of each of 8 generations, and comes back a little later."""
     draw = random.Random(11)
     async with service(tmp_path, "abc", 0.001) as (gateway, nodes):
         undisturbed = [(await generate(gateway, seed))[0] for seed in range(GENERATIONS)]
