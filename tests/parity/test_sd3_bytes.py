@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SETUPS
+from small_pipelines import make_large_controlnet, make_sd3
 from stages import InProcess
 
 from benchmarks.reference import Case, Control, Setup, cases, draw
@@ -22,6 +24,28 @@ def test_every_case_is_byte_identical_to_diffusers(
     ours = InProcess(setup)
     different = [case.name for case in cases(setup) if ours.draw(case) != draw(setup, case)]
     assert not different
+
+
+def test_a_controlnet_that_borrows_the_position_table_is_exact(tmp_path: Path) -> None:
+    make_sd3(tmp_path, version="3.5")
+    make_large_controlnet(tmp_path / "large")
+    setup = Setup(tmp_path, {"large": tmp_path / "large"})
+    ours = InProcess(setup)
+    for case in cases(setup):
+        assert ours.draw(case) == draw(setup, case), case.name
+
+
+@pytest.mark.parametrize(
+    "scheduler", [{"use_dynamic_shifting": True}, {"stochastic_sampling": True}]
+)
+def test_other_settings_of_the_sampler_are_exact(
+    scheduler: dict[str, bool], tmp_path: Path
+) -> None:
+    make_sd3(tmp_path, scheduler=scheduler)
+    setup = Setup(tmp_path)
+    ours = InProcess(setup)
+    for case in cases(setup):
+        assert ours.draw(case) == draw(setup, case), case.name
 
 
 @pytest.fixture(scope="module")

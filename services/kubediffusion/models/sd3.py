@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ class Control:
     scale: float
     start: float
     end: float
+    # Of a ControlNet that has none of its own and borrows the transformer's (SD3.5 large).
+    pos_embed: Any = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Sd3Transformer:
         self._adapters = Adapters(self._module, "transformer")
         self._scheduler_config = _scheduler_config(spec)
         self._vae_scale_factor = _vae_scale_factor(spec)
+        self._pos_embeds: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     @property
     def facts(self) -> Mapping[str, str | int | float | bool]:
@@ -159,7 +163,9 @@ class Sd3Transformer:
             given = inputs.get("init.generator")
             generator = generator_of(given if given is not None else inputs.get("seed"))
             latents = self._first_latents(inputs, scheduler, timesteps, generator)
-            return Sd3Denoising(conditioning, scheduler, timesteps, latents, generator)
+            # diffusers' sampler draws from the global generator, if at all: decision 0001.
+            sampler = generator_of(inputs.get("seed"))
+            return Sd3Denoising(conditioning, scheduler, timesteps, latents, sampler)
 
     def batch_key(self, denoising: Any) -> object:
         """Equal keys share a forward. ControlNets have one scale a call: such leases go alone."""
@@ -254,14 +260,22 @@ class Sd3Transformer:
     def _control(self, inputs: Mapping[str, PortValue], name: str, model: Model) -> Control:
         if not isinstance(model, Sd3ControlNet):
             raise InvalidInput(f"{name} is no ControlNet", field=f"control.{name}")
-        prefix = f"control.{name}"
+        prefix, net = f"control.{name}", model.module
         return Control(
-            model.module,
+            net,
             _tensor(inputs, f"{prefix}.latents").to(self._module.device),
             _number(inputs, f"{prefix}.scale", 1.0),
             _number(inputs, f"{prefix}.start", 0.0),
             _number(inputs, f"{prefix}.end", 1.0),
+            self._lent_pos_embed(net) if net.config.use_pos_embed is False else None,
         )
+
+    def _lent_pos_embed(self, net: Any) -> Any:
+        """A copy of the transformer's, in the ControlNet's dtype; made once for each ControlNet."""
+        if net not in self._pos_embeds:
+            copied = net._get_pos_embed_from_transformer(self._module)
+            self._pos_embeds[net] = copied.to(net.dtype).to(net.device)
+        return self._pos_embeds[net]
 
     def _schedule(self, inputs: Mapping[str, PortValue]) -> tuple[Any, torch.Tensor]:
         """A scheduler of the request's own, and the timesteps that are left after `strength`."""
@@ -361,6 +375,10 @@ def _residuals(
         for control in c.controls
     ]
     images = [control.latents for control in c.controls]
+    for control in c.controls:
+        if control.pos_embed is not None:
+            # Another transformer's lease may have lent its own since the last step.
+            control.net.pos_embed = control.pos_embed
     return (c.multi or c.controls[0].net)(
         hidden_states=latents,
         timestep=timestep,
