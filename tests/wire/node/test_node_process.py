@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from kubediffusion.node.library import Library
 from kubediffusion.node.process import run_process
 from kubediffusion.v1alpha1 import node_pb2
 
-_context = multiprocessing.get_context("spawn")
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["kubediffusion.node.process", "kubediffusion.models.standin"])
 
 
 class NoFiles:
@@ -75,6 +77,15 @@ async def test_an_address_in_use_is_refused(rig: Rig, tmp_path: Path) -> None:
     await other.server.stop()
 
 
+def announced_in(path: Path) -> dict[str, Any]:
+    """What a starting process writes; blocking."""
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return json.loads(path.read_text())
+
+
 class Started:
     """A node process with stand-ins."""
 
@@ -104,11 +115,7 @@ class Started:
         self.process.start()
 
     async def ready(self) -> grpc.aio.Channel:
-        async with asyncio.timeout(60):
-            while not self.announced.exists():  # a file appears: nothing to wait on
-                assert self.process.is_alive()
-                await asyncio.sleep(0.05)
-        self.where = json.loads(self.announced.read_text())
+        self.where = await asyncio.to_thread(announced_in, self.announced)
         channel = rpc.connect(self.where["address"])
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         async with asyncio.timeout(60):
@@ -186,7 +193,7 @@ async def test_a_killed_process_breaks_the_stream_at_once(started: Started) -> N
 
 def orphan(config: node.NodeConfig, announced: Any) -> None:
     """Starts a node and dies without a word."""
-    child = _context.Process(target=standins, args=(config,))
+    child = multiprocessing.get_context("fork").Process(target=standins, args=(config,))
     child.start()
     announced.wait(60)
     os._exit(1)
@@ -203,10 +210,7 @@ async def test_a_node_goes_when_the_process_that_started_it_is_gone(tmp_path: Pa
     announced = _context.Event()
     parent = _context.Process(target=orphan, args=(config, announced))
     parent.start()
-    async with asyncio.timeout(60):
-        while not (tmp_path / "node.json").exists():
-            await asyncio.sleep(0.05)
-    child = os.pidfd_open(json.loads((tmp_path / "node.json").read_text())["pid"])
+    child = os.pidfd_open(announced_in(tmp_path / "node.json")["pid"])
     gone = asyncio.Event()
     asyncio.get_running_loop().add_reader(child, gone.set)
     announced.set()
