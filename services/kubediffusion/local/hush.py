@@ -1,14 +1,20 @@
 # Copyright 2026 The KubeDiffusion Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Imported first by the fork server, and by nothing else: its output goes nowhere.
+"""Imported first by the fork server, and by nothing else: what it says goes nowhere, and what stops
+its whole process group does not stop it.
 
 The server inherits the user's terminal, and the libraries it imports have things to say. Each node
-logs to a file of its own; what fails here fails there again.
+logs to a file of its own; what fails here fails there again. SIGTERM or SIGHUP often goes to all
+processes of a group (a service manager's stop, `timeout`, a closed terminal); the nodes must
+outlive it to drain, and they cannot outlive the server, which ends with the supervisor anyway.
 """
 
 import os
+import signal
 
 _nowhere = os.open(os.devnull, os.O_WRONLY)
 for _stream in (1, 2):
     os.dup2(_nowhere, _stream)
 os.close(_nowhere)
+for _number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(_number, signal.SIG_IGN)

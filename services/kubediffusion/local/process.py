@@ -31,8 +31,8 @@ from kubediffusion.node import NodeConfig
 
 _context = multiprocessing.get_context("forkserver")
 _starting = threading.Lock()
-# Set when the server has forked its first node: it has imported everything then.
-_warm = threading.Event()
+# Servers (by pid) that have forked a node, and so have imported everything.
+_warm: set[int | None] = set()
 
 
 def warm_up(modules: Sequence[str]) -> None:
@@ -50,10 +50,14 @@ def warm_up(modules: Sequence[str]) -> None:
 
 def _give_up_warming() -> None:
     """Ends a server that nobody waits for any more, unless it is warm: then it ends with us."""
-    pid: int | None = forkserver._forkserver._forkserver_pid  # pyright: ignore
-    if pid is not None and not _warm.is_set():
+    pid = _server_pid()
+    if pid is not None and pid not in _warm:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _server_pid() -> int | None:
+    return forkserver._forkserver._forkserver_pid  # pyright: ignore
 
 
 class NodeProcess:
@@ -122,7 +126,7 @@ def _start(process: Any, unwanted: threading.Event) -> None:
         if unwanted.is_set():
             raise EOFError
         process.start()
-        _warm.set()
+        _warm.add(_server_pid())
 
 
 # ---------------------------------------------------------------- inside the node's process
@@ -130,6 +134,8 @@ def _start(process: Any, unwanted: threading.Event) -> None:
 
 def _node(config: NodeConfig, log: Path, run: Path, serve: Callable[[NodeConfig], None]) -> None:
     os.setpgid(0, 0)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # which the server ignores
+        signal.signal(number, signal.SIG_DFL)
     # What the server imported is garbage never: not looked at, so not copied either.
     gc.freeze()
     # Locks that libraries make (tqdm's) would be named ones, left over when this process is killed.
