@@ -79,7 +79,9 @@ class Overloaded(KubeDiffusionError):
     http_status = 429
     grpc_code = "RESOURCE_EXHAUSTED"
 
-    def __init__(self, message: str, *, retry_after: float, field: str = "", reason: str = "") -> None:
+    def __init__(
+        self, message: str, *, retry_after: float, field: str = "", reason: str = ""
+    ) -> None:
         super().__init__(message, field=field, reason=reason)
         self.retry_after = retry_after
 
