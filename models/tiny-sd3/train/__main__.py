@@ -19,13 +19,15 @@ from train.evaluate import evaluate_pipeline
 from train.evaluate_adapters import measure_control, measure_lora
 from train.export import export_pipeline
 from train.flow import FlowPlan, train_flow
+from train.reading import ReadingPlan, train_reading
 from train.vae import LatentCode, train_vae
 
 HERE = Path(__file__).resolve().parent.parent
 MINUTES = {
     "decoder": 16.0,
     "encoder": 12.0,
-    "flow": 94.0,
+    "reading": 4.0,
+    "flow": 92.0,
     "controlnet": 16.0,
     "lora": 12.0,
 }
@@ -62,6 +64,11 @@ def run_vae(args: argparse.Namespace) -> None:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for job in [pool.submit(_vae_part, args, part) for part in ("decoder", "encoder")]:
             job.result()
+
+
+def run_reading(args: argparse.Namespace) -> None:
+    """Teach the text encoders who stands where."""
+    train_reading(ReadingPlan(args.work, MINUTES["reading"] * args.scale, seed=args.seed))
 
 
 def run_flow(args: argparse.Namespace) -> None:
@@ -105,6 +112,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "latents": run_latents,
     "vae": run_vae,
+    "reading": run_reading,
     "flow": run_flow,
     "controlnet": run_controlnet,
     "lora": run_lora,

@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 CURVES = {
     "vae_decoder": ("crop", "whole"),
     "vae_encoder": ("crop", "whole"),
-    "flow128": ("mse", "class_loss"),
-    "flow256": ("mse", "class_loss"),
+    "reading": ("loss",),
+    "flow128": ("mse", "class_loss", "reading_loss"),
+    "flow256": ("mse", "class_loss", "reading_loss"),
     "controlnet": ("mse",),
     "lora": ("mse",),
 }
@@ -31,7 +32,7 @@ def draw_curves(logs: Path, results: Path) -> None:
             rows = list(csv.DictReader(file))
         figure, axes = plt.subplots(figsize=(5, 3))
         for column in columns:
-            points = [(float(row["step"]), float(row[column])) for row in rows]
+            points = [(float(row["step"]), float(row[column])) for row in rows if row[column]]
             axes.plot(*zip(*points, strict=True), label=column)
         axes.set(xlabel="step", title=name, yscale="log")
         axes.grid(visible=True, which="both", alpha=0.3)

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from train.common import (
     PIXELS,
+    VAE_FACTOR,
     Averages,
     Budget,
     CurveLog,
@@ -23,16 +24,28 @@ from train.common import (
 )
 from train.model import FlowNet, set_positions
 from train.muon import SharedMuon
-from train.text import T5_FULL_LENGTH, Tokens, decorate
+from train.reading import UNKNOWN, place_labels
+from train.text import T5_FULL_LENGTH, decorate, tokenizers
 from train.vae import LatentCode
-from train.world import caption, draw, is_held_out, sample_scene, token_labels
+from train.world import (
+    BACKGROUNDS,
+    CLASSES,
+    PLACES,
+    Scene,
+    caption,
+    draw,
+    is_held_out,
+    sample_scene,
+    token_labels,
+)
 
 SHIFT = 1.5  # of the noise schedule, in training and in the scheduler that is shipped
 UNIFORM_SHARE = 0.2
+HIGH_NOISE, HIGH_NOISE_SHARE = 0.85, 0.25
 EMPTY_SHARE, GENERAL_SHARE, VAGUE_SHARE = 0.09, 0.02, 0.08
-FULL_LENGTH_SHARE = 0.3
+FULL_LENGTH_SHARE = 0.2
 SHORTEST, LONGEST = 24, 80
-AUX_WEIGHT = 0.2
+AUX_WEIGHT, READING_WEIGHT, BACKGROUND_WEIGHT = 0.3, 0.05, 0.2
 EMA_DECAY = 0.999
 
 
@@ -58,41 +71,61 @@ class FlowPlan:
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents, what their cells show, and captions."""
+    """Latents, what their cells show, captions, and what these say is where."""
 
     latents: torch.Tensor
     labels: torch.Tensor
     captions: list[str]
+    places: torch.Tensor
 
 
 def make_batch(rng: random.Random, code: LatentCode, size: int, pixels: int) -> Batch:
     """Scenes from the training side of the split, with captions that are sometimes left out."""
-    images, labels, captions = [], [], []
+    images, labels, captions, places = [], [], [], []
     while len(images) < size:
         scene = sample_scene(rng)
         if is_held_out(scene):
             continue
         images.append(draw(scene, pixels))
-        labels.append(token_labels(scene, pixels // 8))
-        draw_lot = rng.random()
-        if draw_lot < EMPTY_SHARE:
-            captions.append("")
-        elif draw_lot < EMPTY_SHARE + GENERAL_SHARE:
-            captions.append("shapes")
-        else:
-            vague = rng.random() < VAGUE_SHARE
-            captions.append(decorate(caption(scene, rng, vague=vague), rng))
+        labels.append(token_labels(scene, pixels // VAE_FACTOR))
+        text, complete = flow_caption(scene, rng)
+        captions.append(text)
+        places.append(place_labels(scene) if complete else [UNKNOWN] * len(PLACES))
     latents = code.encode(to_tensor(np.stack(images)))
-    return Batch(latents, torch.from_numpy(np.stack(labels)), captions)
+    return Batch(latents, torch.from_numpy(np.stack(labels)), captions, torch.tensor(places))
+
+
+def flow_caption(scene: Scene, rng: random.Random) -> tuple[str, bool]:
+    """A caption, and whether it says where things are; a share is left out for guidance."""
+    lot = rng.random()
+    if lot < EMPTY_SHARE:
+        return "", False
+    if lot < EMPTY_SHARE + GENERAL_SHARE:
+        return "shapes", False
+    vague = rng.random() < VAGUE_SHARE
+    return decorate(caption(scene, rng, vague=vague), rng), not vague
 
 
 def sample_times(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Logit-normal with a uniform share, then shifted towards noise."""
+    """Logit-normal with a uniform share, shifted towards noise, and a share of almost pure noise.
+
+    Only there does nothing but the caption say which object goes where: with few such samples the
+    model draws fine shapes long before it reads the relation.
+    """
     middle = torch.randn(count, generator=generator).sigmoid()
     uniform = torch.rand(count, generator=generator)
-    pick = torch.rand(count, generator=generator) < UNIFORM_SHARE
-    time = torch.where(pick, uniform, middle)
-    return SHIFT * time / (1 + (SHIFT - 1) * time)
+    lot = torch.rand(count, generator=generator)
+    time = torch.where(lot < UNIFORM_SHARE, uniform, middle)
+    time = SHIFT * time / (1 + (SHIFT - 1) * time)
+    high = HIGH_NOISE + (1 - HIGH_NOISE) * uniform
+    return torch.where(lot > 1 - HIGH_NOISE_SHARE, high, time)
+
+
+def class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in which the many background cells do not drown the objects."""
+    weight = torch.ones(CLASSES)
+    weight[-len(BACKGROUNDS) :] = BACKGROUND_WEIGHT
+    return functional.cross_entropy(logits.float().flatten(0, 2), labels.flatten(), weight)
 
 
 def t5_length(rng: random.Random) -> int:
@@ -169,6 +202,9 @@ class FlowTrainer:
                 optimizer.load_state_dict(kept)
         elif start:
             self.net.load_state_dict(start["ema"])
+        elif reading := load_checkpoint(plan.work / "reading.pt"):
+            self.net.text.load_state_dict(reading["text"])
+            self.net.reader.load_state_dict(reading["reader"])
         set_positions(self.net.transformer, plan.pixels)
         self.ema = Ema(self.net)
         if state:
@@ -211,18 +247,22 @@ class FlowTrainer:
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         batch = make_batch(rng, self.code, self.plan.batch, self.plan.pixels)
         mixed, time, target = noisy(batch.latents, generator)
-        tokens: Tokens = self.net.text.tokenize(batch.captions, t5_length(rng))
+        tokens = self.net.text.tokenize(batch.captions, t5_length(rng))
         with torch.autocast("cpu", torch.bfloat16):
-            velocity, logits = self.net(mixed, time, tokens, generator)
+            context = self.net.text(tokens, generator)
+            velocity = self.net.velocity(mixed, time, context)
+            logits = self.net.class_logits(mixed.shape[-1])
+            read = self.net.reader.loss(context.tokens, batch.places)
         mse = functional.mse_loss(velocity.float(), target)
-        named = functional.cross_entropy(logits.float().flatten(0, 2), batch.labels.flatten())
+        named = class_loss(logits, batch.labels)
         self.net.zero_grad(set_to_none=True)
-        (mse + AUX_WEIGHT * named).backward()
+        (mse + AUX_WEIGHT * named + READING_WEIGHT * read).backward()
         average_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-        return {"mse": mse.item(), "class_loss": named.item(), "gradient_norm": float(norm)}
+        losses = {"mse": mse, "class_loss": named, "reading_loss": read, "gradient_norm": norm}
+        return {name: loss.item() for name, loss in losses.items()}
 
     def save(self) -> None:
         """Keep everything a restart needs."""
@@ -252,7 +292,9 @@ def _work(rank: int, plan: FlowPlan) -> None:
 def train_flow(plan: FlowPlan) -> None:
     """Train in `plan.processes` processes; a second call continues where the first ended."""
     (plan.work / "meeting").unlink(missing_ok=True)
-    LatentCode.at(plan.work / "latent_code.pt")  # once, before the processes race for it
+    # Files that every process reads: once, before they race for them.
+    LatentCode.at(plan.work / "latent_code.pt")
+    tokenizers(plan.work / "tokenizers")
     if plan.processes == 1:
         _work(0, plan)
     else:

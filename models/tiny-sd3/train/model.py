@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from train.common import CHANNELS, PATCH, PIXELS, VAE_FACTOR
-from train.text import CONTEXT_WIDTH, Context, TextEncoders, Tokens
+from train.reading import PlaceReader
+from train.text import CONTEXT_WIDTH, Context, TextEncoders
 from train.world import CLASSES
 
 WIDTH, HEADS, BLOCKS = 128, 4, 8
@@ -111,9 +112,9 @@ def set_positions(transformer: SD3Transformer2DModel, pixels: int) -> None:
 
 
 class FlowNet(nn.Module):
-    """Everything that flow matching trains, and a head that is thrown away afterwards.
+    """Everything that flow matching trains, and two heads that are thrown away afterwards.
 
-    The head names what each latent cell shows (an object's colour and shape, or a background) from
+    `head` names what each latent cell shows (an object's colour and shape, or a background) from
     the middle of the transformer: a direct signal about the caption that the velocity lacks.
     """
 
@@ -131,6 +132,7 @@ class FlowNet(nn.Module):
             nn.SiLU(),
             nn.Linear(WIDTH, CELLS_PER_TOKEN * CLASSES),
         )
+        self.reader = PlaceReader()
         self._middle: list[torch.Tensor] = []
         block = self.transformer.transformer_blocks[AUX_BLOCK - 1]
         block.register_forward_hook(lambda _m, _i, out: self._middle.append(out[1]))
@@ -151,12 +153,8 @@ class FlowNet(nn.Module):
         )[0]
         return out
 
-    def forward(
-        self, noisy: torch.Tensor, time: torch.Tensor, tokens: Tokens, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Velocity, and class logits (n, cells, cells, classes)."""
-        velocity = self.velocity(noisy, time, self.text(tokens, generator))
-        side = noisy.shape[-1] // PATCH
-        logits = self.head(self._middle[0]).unflatten(1, (side, side))
+    def class_logits(self, side: int) -> torch.Tensor:
+        """What the last forward pass saw in each latent cell, (n, cells, cells, classes)."""
+        logits = self.head(self._middle[0]).unflatten(1, (side // PATCH, side // PATCH))
         logits = logits.unflatten(-1, (PATCH, PATCH, CLASSES)).permute(0, 1, 3, 2, 4, 5)
-        return velocity, logits.flatten(1, 2).flatten(2, 3)
+        return logits.flatten(1, 2).flatten(2, 3)

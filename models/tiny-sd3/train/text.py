@@ -116,6 +116,14 @@ def write_t5_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return T5TokenizerFast.from_pretrained(folder)
 
 
+def tokenizers(folder: Path) -> tuple[CLIPTokenizer, PreTrainedTokenizerBase]:
+    """Both tokenizers, written on the first call only: other processes may be reading them."""
+    clip, t5 = folder / "tokenizer", folder / "tokenizer_3"
+    if (t5 / "tokenizer.json").exists():
+        return CLIPTokenizer.from_pretrained(clip), T5TokenizerFast.from_pretrained(t5)
+    return write_clip_tokenizer(clip), write_t5_tokenizer(t5)
+
+
 def _cased(word: str) -> tuple[str, str]:
     return word.capitalize(), word.upper()
 
@@ -196,8 +204,7 @@ class TextEncoders(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.clip_tokenizer = write_clip_tokenizer(folder / "tokenizer")
-        self.t5_tokenizer = write_t5_tokenizer(folder / "tokenizer_3")
+        self.clip_tokenizer, self.t5_tokenizer = tokenizers(folder)
         self.clip_1 = make_clip(self.clip_tokenizer)
         self.clip_2 = make_clip(self.clip_tokenizer)
         self.t5 = make_t5(self.t5_tokenizer)

@@ -166,51 +166,69 @@ def encoder_loss(vae: AutoencoderKL, pictures: torch.Tensor, latents: torch.Tens
     return nn.functional.smooth_l1_loss(error, torch.zeros_like(error), beta=0.1)
 
 
-def train_vae(work: Path, part: str, minutes: float, rate: float, seed: int) -> None:
-    """Train the decoder or the encoder; a second call continues where the first ended."""
-    torch.manual_seed(seed)
-    code = LatentCode.at(work / "latent_code.pt")
-    vae, path = make_vae(), work / f"vae_{part}.pt"
-    module = vae.decoder if part == "decoder" else vae.encoder
-    state = load_checkpoint(path)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0)
-    if state:
-        module.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    step = state["step"] if state else 0
-    pool = PatchPool(seed + 100 + step, code)
-    budget = Budget(minutes, state["spent"] if state else 0.0)
-    log = CurveLog(work / "logs" / f"vae_{part}.csv", part, append=state is not None)
-    averages, loss_of = Averages(), decoder_loss if part == "decoder" else encoder_loss
+class VaeTrainer:
+    """Trains one part, "decoder" or "encoder", in this process."""
 
-    def save() -> None:
+    def __init__(self, work: Path, part: str, minutes: float, rate: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.part, self.rate = part, rate
+        self.vae, self.path = make_vae(), work / f"vae_{part}.pt"
+        self.module: nn.Module = self.vae.decoder if part == "decoder" else self.vae.encoder
+        self.loss = decoder_loss if part == "decoder" else encoder_loss
+        self.optimizer = torch.optim.AdamW(
+            self.module.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0
+        )
+        state = load_checkpoint(self.path)
+        if state:
+            self.module.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"] if state else 0
+        self.pool = PatchPool(seed + 100 + self.step, LatentCode.at(work / "latent_code.pt"))
+        self.budget = Budget(minutes, state["spent"] if state else 0.0)
+        self.log = CurveLog(work / "logs" / f"vae_{part}.csv", part, append=bool(state))
+
+    def run(self) -> None:
+        """Train until the time is used up."""
+        averages = Averages()
+        while self.budget.progress < 1:
+            rate = self.rate * flat_then_linear(self.budget.progress)
+            set_rate([self.optimizer], rate * min(1, (self.step + 1) / 50))
+            # Group norm sees other statistics in whole pictures than in crops: train on both.
+            whole = self.step % 3 == 2
+            averages.add(**{"whole" if whole else "crop": self._train_step(whole)})
+            self.step += 1
+            if self.step % 50 == 0:
+                self.log.write(self.budget, step=self.step, **averages.take())
+            if self.step % 200 == 0:
+                self.save()
+        self.save()
+
+    def _train_step(self, whole: bool) -> float:
+        pictures, latents = self.pool.whole(3) if whole else self.pool.crops(20)
+        loss = self.loss(self.vae, pictures, latents)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.part == "encoder":  # the variance stays as it was set
+            for parameter in self.vae.encoder.conv_out.parameters():
+                parameter.grad[CHANNELS:] = 0
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+    def save(self) -> None:
+        """Keep everything a restart needs."""
         save_checkpoint(
-            path,
-            model=module.state_dict(),
-            optimizer=optimizer.state_dict(),
-            step=step,
-            spent=budget.elapsed,
+            self.path,
+            model=self.module.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            step=self.step,
+            spent=self.budget.elapsed,
         )
 
-    while budget.progress < 1:
-        set_rate([optimizer], rate * min(1, (step + 1) / 50) * flat_then_linear(budget.progress))
-        # Group norm sees other statistics in whole pictures than in crops: train on both.
-        whole = step % 3 == 2
-        loss = loss_of(vae, *(pool.whole(3) if whole else pool.crops(20)))
-        optimizer.zero_grad()
-        loss.backward()
-        if part == "encoder":  # the variance stays as it was set
-            vae.encoder.conv_out.weight.grad[CHANNELS:] = 0
-            vae.encoder.conv_out.bias.grad[CHANNELS:] = 0
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        averages.add(**{"whole" if whole else "crop": loss.item()})
-        if step % 50 == 0:
-            log.write(budget, step=step, **averages.take())
-        if step % 200 == 0:
-            save()
-    save()
+
+def train_vae(work: Path, part: str, minutes: float, rate: float, seed: int) -> None:
+    """Train the decoder or the encoder; a second call continues where the first ended."""
+    VaeTrainer(work, part, minutes, rate, seed).run()
 
 
 def load_vae(work: Path) -> AutoencoderKL:
