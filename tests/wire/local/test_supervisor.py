@@ -29,7 +29,7 @@ from kubediffusion.local.supervisor import NodePhase, NodeReport, Supervisor
 from kubediffusion.telemetry.metrics import SupervisorMetrics
 from kubediffusion.v1alpha1 import node_pb2, node_pb2_grpc
 
-WAIT = 60.0
+WAIT = 240.0  # the fork server imports torch on a machine that may be busy
 QUICK = RestartPolicy(healthy=0.0, first=0.01, most=0.05, crash_loop=3)
 
 

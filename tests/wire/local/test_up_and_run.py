@@ -18,7 +18,7 @@ import pytest
 
 from kubediffusion.local.folders import RunState, running
 
-WAIT = 240.0
+WAIT = 280.0
 WORKFLOW = """
 apiVersion: kubediffusion.io/v1alpha1
 kind: DiffusionWorkflow
