@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from kubediffusion.errors import InvalidInput
-from kubediffusion.models.base import Denoiser
 from kubediffusion.node.inputs import Inputs
 from kubediffusion.node.residency import Residency
 from kubediffusion.node.session import MAX_NAME
@@ -111,7 +110,7 @@ class Admission:
                 f"{', '.join(model.stages)}",
                 field="stage",
             )
-        if assign.stage == "denoise" and not isinstance(model, Denoiser):
+        if assign.stage == "denoise" and resident.denoiser is None:
             raise InvalidInput(f"model {assign.model} cannot denoise", field="stage")
         self._inputs.check(assign, resident.spec)
         resume = assign.lease.resume

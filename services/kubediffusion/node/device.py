@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from kubediffusion.errors import Cancelled, Internal, InvalidInput, KubeDiffusionError
-from kubediffusion.models.base import Denoiser, PortValue
+from kubediffusion.models.base import PortValue
 from kubediffusion.node import ports
 from kubediffusion.node.failures import FailureReason, failure_of, is_poisoned
 from kubediffusion.node.tasks import Stop, Task
@@ -269,9 +269,8 @@ class Device:
         """Makes the lease's state; its first step follows at once."""
         begin = perf_counter()
         try:
-            denoiser = task.resident.loaded
-            if not isinstance(denoiser, Denoiser):
-                raise InvalidInput(f"{task.resident.identity} cannot denoise", field="stage")
+            denoiser = task.resident.denoiser
+            assert denoiser is not None, "admission saw to it"
             lease = task.assign.lease
             resume = (
                 ports.decode_checkpoint(lease.resume, task.fetched)
@@ -303,8 +302,8 @@ class Device:
 
     def _advance(self, tasks: Sequence[Task]) -> None:
         begin = perf_counter()
-        denoiser = tasks[0].resident.loaded
-        assert isinstance(denoiser, Denoiser)
+        denoiser = tasks[0].resident.denoiser
+        assert denoiser is not None, "it began these leases"
         try:
             denoiser.advance([task.denoising for task in tasks if task.denoising is not None])
         except Exception as error:

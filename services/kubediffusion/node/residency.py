@@ -212,7 +212,7 @@ class Residency:
         except Exception as error:
             self._failed(resident, error)
             return
-        resident.model = model
+        resident.hold(model)
         status = resident.status
         status.nbytes = model.nbytes
         for name, fact in model.facts.items():
@@ -304,7 +304,7 @@ class Residency:
     @staticmethod
     def _unload(resident: Resident) -> None:
         resident.loaded.unload()
-        resident.model = None
+        resident.hold(None)
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kubediffusion.models.base import Denoising, Lora, Model
+from kubediffusion.models.base import Denoiser, Denoising, Lora, Model
 from kubediffusion.scheduling.order import Entry, Kind
 from kubediffusion.tensors import Scope
 from kubediffusion.v1alpha1 import node_pb2
@@ -51,6 +51,8 @@ class Resident:
     spec: node_pb2.ModelSpec
     status: node_pb2.ModelStatus
     model: Model | None = None
+    # The same model, if it is one; seen once, since asking a protocol takes as long as a small task.
+    denoiser: Denoiser | None = None
     progress: Progress = field(default_factory=Progress)
     attempts: int = 0
     retry_at: float = 0.0
@@ -72,6 +74,10 @@ class Resident:
     def loaded(self) -> Model:
         assert self.model is not None, self.identity
         return self.model
+
+    def hold(self, model: Model | None) -> None:
+        self.model = model
+        self.denoiser = model if isinstance(model, Denoiser) else None
 
     def enter(self, task: Task) -> None:
         self.tasks.add(task)
