@@ -5,19 +5,34 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
-from kubediffusion.errors import InvalidInput
+from kubediffusion.errors import InvalidInput, UnsupportedModel
 from kubediffusion.models.base import LoadSpec, Lora, PortValue
 from kubediffusion.models.loading import load_module, nbytes_of
 from kubediffusion.models.random import generator_of, state_of
+
+# What Pillow's decoders raise on torn or hostile bytes.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    IndexError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 class Autoencoder:
@@ -28,6 +43,12 @@ class Autoencoder:
     def __init__(self, spec: LoadSpec) -> None:
         self.spec = spec
         self._module: Any = load_module(spec, AutoencoderKL)
+        if self._module.config.shift_factor is None:
+            raise UnsupportedModel(
+                f"{spec.path} has no shift_factor in its config.json: it is the VAE of another "
+                "family of models; check the source and subfolder",
+                reason="WrongArchitecture",
+            )
         self._scale_factor = 2 ** (len(self._module.config.block_out_channels) - 1)
         self._processor = VaeImageProcessor(vae_scale_factor=self._scale_factor)
 
@@ -87,8 +108,10 @@ class Autoencoder:
             raise InvalidInput("stage 'encode_image' takes an encoded image", field="image")
         try:
             image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InvalidInput(f"no picture can be read from it: {error}", field="image") from error
+        except _UNREADABLE as error:
+            raise InvalidInput(
+                f"no PNG, JPEG or WebP picture can be read from it: {error}", field="image"
+            ) from error
         width, height = int(_number(inputs, "width")), int(_number(inputs, "height"))
         pixels = self._processor.preprocess(image, height=height, width=width)
         return pixels.to(device=self._module.device, dtype=self._module.dtype)

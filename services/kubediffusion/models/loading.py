@@ -77,7 +77,9 @@ def check_weights(folder: Path, variant: str = "") -> None:
             "it with `save_pretrained(..., safe_serialization=True)`",
             reason="NotSafetensors",
         )
-    if variant and not any(f".{variant}." in file.name for file in files):
+    # Of one file, or of many: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors.
+    marks = (f".{variant}.", f".{variant}-")
+    if variant and not any(mark in file.name for file in files for mark in marks):
         raise UnsupportedModel(
             f"{folder} has no weights of variant {variant!r}; leave `variant` out or fix it",
             field="variant",
@@ -87,7 +89,7 @@ def check_weights(folder: Path, variant: str = "") -> None:
         open_whole(file)
 
 
-def open_whole(file: Path) -> None:
+def open_whole(file: Path, field: str = "") -> None:
     """Raises UnsupportedModel for a file that is torn or no safetensors file."""
     try:
         with safe_open(file, framework="pt") as weights:
@@ -95,6 +97,7 @@ def open_whole(file: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise UnsupportedModel(
             f"{file.name} is no whole safetensors file: {error}; fetch it again",
+            field=field,
             reason="BadWeights",
         ) from error
 
@@ -119,10 +122,10 @@ def load_module(spec: LoadSpec, cls: Any, accepted: Sequence[str] = ()) -> Any:
             **({"torch_dtype": dtype} if is_diffusers else {"dtype": dtype}),
         )
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise  # not the weights' fault
         raise UnsupportedModel(
-            f"{spec.path} does not load as a {cls.__name__}: {_first_line(error)}; its weights "
+            f"{spec.path} does not load as a {cls.__name__}: {first_line(error)}; its weights "
             "and its config.json do not belong together",
             reason="WrongArchitecture",
         ) from error
@@ -147,6 +150,7 @@ def nbytes_of(module: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of an error's text, for a message of ours."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -20,6 +20,8 @@ def generator_of(value: object) -> torch.Generator:
         return generator
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidInput("it must be a whole number", field="seed")
+    if not -(2**63) <= value < 2**64:
+        raise InvalidInput("it must be of 64 bits at most", field="seed")
     return generator.manual_seed(value)
 
 

@@ -17,9 +17,12 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
-from diffusers.models.controlnets.controlnet_sd3 import SD3MultiControlNetModel
+from diffusers.models.controlnets.controlnet_sd3 import SD3ControlNetModel, SD3MultiControlNetModel
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.utils.torch_utils import randn_tensor
 
 from kubediffusion.errors import InvalidInput, UnsupportedModel
@@ -366,7 +369,7 @@ def _residuals(
     c = denoising.conditioning
     if not c.controls:
         return None
-    config = c.controls[0].net.config
+    config: Any = c.controls[0].net.config
     zeros = config.force_zeros_for_pooled_projection
     done, total = denoising.step, denoising.total_steps
     scales = [

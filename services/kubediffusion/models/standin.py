@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from math import inf
 from time import sleep
 
 import numpy as np
@@ -29,7 +30,7 @@ class Standin:
 
     def __init__(self, spec: LoadSpec) -> None:
         self.spec = spec
-        self._seconds = float(spec.options.get("step_seconds", "0"))
+        self._seconds = _option(spec, "step_seconds", 0.0)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -41,7 +42,7 @@ class Standin:
 
     @property
     def nbytes(self) -> int:
-        return int(self.spec.options.get("nbytes", "1024"))
+        return int(_option(self.spec, "nbytes", 1024))
 
     def run(
         self, stage: str, inputs: Mapping[str, PortValue], loras: Sequence[Lora] = ()
@@ -132,6 +133,18 @@ class StandinDenoiser(Standin):
             sleep(self._seconds)
         for denoising in batch:
             denoising.advance()
+
+
+def _option(spec: LoadSpec, name: str, default: float) -> float:
+    try:
+        value = float(spec.options.get(name, default))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < inf:
+        raise InvalidInput(
+            f"{spec.options[name]!r} must be a number, 0 or more", field=f"options.{name}"
+        )
+    return value
 
 
 def _digest(data: bytes) -> int:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPTokeniz
 
 from kubediffusion.errors import InvalidInput, UnsupportedModel
 from kubediffusion.models.base import LoadSpec, Lora, PortValue
-from kubediffusion.models.loading import load_module, nbytes_of
+from kubediffusion.models.loading import first_line, load_module, nbytes_of
 from kubediffusion.models.lora import Adapters
 
 
@@ -23,7 +23,7 @@ def _tokenizer(spec: LoadSpec, cls: Any, component: str) -> Any:
         return cls.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModel(
-            f"{folder} has no tokenizer for {spec.component}: {str(error).splitlines()[0][:200]}",
+            f"{folder} has no tokenizer for {spec.component}: {first_line(error)}",
             reason="WrongArchitecture",
         ) from error
 
@@ -111,7 +111,7 @@ class T5Encoder:
         self, stage: str, inputs: Mapping[str, PortValue], loras: Sequence[Lora] = ()
     ) -> Mapping[str, PortValue]:
         length = inputs.get("max_length", 256)
-        if not isinstance(length, int) or not 1 <= length <= 512:
+        if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= 512:
             raise InvalidInput("it must be within 1 and 512 tokens", field="max_length")
         ids = _token_ids(self._tokenizer, _text(inputs), length)
         with torch.no_grad():

@@ -53,7 +53,8 @@ def weight_files(folder: Path, variant: str = "") -> Sequence[Path]:
     """Those that a loader would take: of the variant where it has some, else the plain ones."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if variant:
-        files = [file for file in files if f".{variant}." in file.name] or files
+        marks = (f".{variant}.", f".{variant}-")  # of one file, or of many
+        files = [file for file in files if any(m in file.name for m in marks)] or files
     return files
 
 

@@ -1,0 +1,79 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What text encoders make of prompts, and which they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from kubediffusion import models
+from kubediffusion.errors import InvalidInput
+from kubediffusion.models.base import LoadSpec, Model
+
+SpecOf = Callable[..., LoadSpec]
+PROMPTS = ("", " ", "a red circle", "ein Kreis über 蓝色 🟦\u200d\x00")
+
+
+@pytest.fixture(scope="module")
+def encoders(pristine: Path, spec_of: SpecOf) -> dict[str, Model]:
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    return {name: models.load(spec_of(pristine, name)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def pipeline(pristine: Path) -> Any:
+    return StableDiffusion3Pipeline.from_pretrained(pristine, transformer=None, vae=None)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_any_text_is_encoded_as_in_diffusers(
+    encoders: dict[str, Model], pipeline: Any, prompt: str
+) -> None:
+    with torch.no_grad():
+        for index, name in enumerate(("text_encoder", "text_encoder_2")):
+            ours = encoders[name].run("encode", {"text": prompt})
+            embeds, pooled = pipeline._get_clip_prompt_embeds([prompt], clip_model_index=index)
+            assert torch.equal(ours["embeds"], embeds)
+            assert torch.equal(ours["pooled"], pooled)
+        ours = encoders["text_encoder_3"].run("encode", {"text": prompt, "max_length": 48})
+        theirs = pipeline._get_t5_prompt_embeds([prompt], max_sequence_length=48)
+        assert torch.equal(ours["embeds"], theirs)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "text_encoder_3"])
+def test_a_prompt_is_refused_rather_than_cut(encoders: dict[str, Model], name: str) -> None:
+    limit = 16 if name == "text_encoder_3" else 77
+    rest = {"max_length": limit} if name == "text_encoder_3" else {}
+    special = 1 if name == "text_encoder_3" else 2
+    fits = " ".join(["a"] * (limit - special))
+    encoders[name].run("encode", {"text": fits} | rest)
+    with pytest.raises(InvalidInput) as failure:
+        encoders[name].run("encode", {"text": fits + " a"} | rest)
+    assert (failure.value.field, failure.value.reason) == ("text", "PromptTooLong")
+    assert f"{limit + 1} tokens" in failure.value.message
+    assert f"takes {limit}" in failure.value.message
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({}, "text"),
+        ({"text": 3}, "text"),
+        ({"text": "a", "max_length": 0}, "max_length"),
+        ({"text": "a", "max_length": 513}, "max_length"),
+        ({"text": "a", "max_length": True}, "max_length"),
+        ({"text": "a", "max_length": "9"}, "max_length"),
+    ],
+)
+def test_a_wrong_input_is_named(
+    encoders: dict[str, Model], given: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidInput) as failure:
+        encoders["text_encoder_3"].run("encode", given)
+    assert failure.value.field == field
