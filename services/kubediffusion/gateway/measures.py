@@ -7,12 +7,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
 from kubediffusion.errors import KubeDiffusionError, Overloaded
-from kubediffusion.telemetry.metrics import GATEWAY_STATES, GatewayMetrics
+from kubediffusion.telemetry.metrics import GATEWAY_STATES, Children, GatewayMetrics
 from kubediffusion.v1alpha1 import gateway_pb2
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Measures:
         self.registry = CollectorRegistry()
         self.metrics = GatewayMetrics(self.registry)
         self._gateway = gateway
-        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
+        self._child = Children()
         self._timer: asyncio.TimerHandle | None = None
         self._workflows: set[str] = set()
         self._models: set[tuple[str, str]] = set()
@@ -82,13 +82,6 @@ class Measures:
         for time in run.times():
             seconds = self._child(self.metrics.stage_seconds, workflow, time.stage)
             seconds.observe(time.total_seconds)
-
-    def _child(self, metric: Any, *labels: str) -> Any:
-        """`metric.labels`, which costs as much as the rest of a measurement, once."""
-        child = self._children.get((metric, labels))
-        if child is None:
-            child = self._children[metric, labels] = metric.labels(*labels)
-        return child
 
     def _label(self, workflow: str) -> str:
         """A name that some client made up is no label."""

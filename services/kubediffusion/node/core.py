@@ -20,7 +20,7 @@ from kubediffusion.node.report import Reporter
 from kubediffusion.node.residency import Residency
 from kubediffusion.node.session import Session
 from kubediffusion.node.tasks import Name, Resident, Stop, Task
-from kubediffusion.telemetry.metrics import NodeMetrics
+from kubediffusion.telemetry.metrics import Children, NodeMetrics
 from kubediffusion.tensors import TensorStore
 from kubediffusion.v1alpha1 import node_pb2, tensor_pb2
 
@@ -54,6 +54,7 @@ class Node:
         self._device = device
         self._inputs = inputs
         self._metrics = metrics
+        self._child = Children()
         self._now = now
         self._on_drain = on_drain
         self._on_poisoned = on_poisoned
@@ -250,7 +251,7 @@ class Node:
     def progressed(self, task: Task, step: int, total_steps: int, seconds: float) -> None:
         if task.ended:
             return
-        self._metrics.denoise_steps.labels(task.assign.model).inc()
+        self._child(self._metrics.denoise_steps, task.assign.model).inc()
         progress = node_pb2.Progress(
             key=task.key, step=step, total_steps=total_steps, seconds=seconds
         )

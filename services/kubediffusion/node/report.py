@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kubediffusion.node.device import Device
 from kubediffusion.node.residency import Residency
 from kubediffusion.node.tasks import Task
-from kubediffusion.telemetry.metrics import NodeMetrics
+from kubediffusion.telemetry.metrics import Children, NodeMetrics
 from kubediffusion.tensors import TensorStore
 from kubediffusion.v1alpha1 import node_pb2
 
@@ -38,6 +38,7 @@ class Reporter:
         self._device = device
         self._residency = residency
         self._metrics = metrics
+        self._child = Children()
         self._timer: asyncio.TimerHandle | None = None
         self._soon = False
         self._last = -LATEST
@@ -90,13 +91,13 @@ class Reporter:
 
     def observe(self, task: Task, outcome: str) -> None:
         """A task ended."""
-        labels = (task.assign.model, task.assign.stage)
+        metrics, child, labels = self._metrics, self._child, _labels(task)
         timing = task.timing()
-        self._metrics.tasks.labels(*labels, outcome).inc()
+        child(metrics.tasks, *labels, outcome).inc()
         if task.started is not None:
-            self._metrics.task_queue_seconds.labels(*labels).observe(timing.queue_seconds)
-            self._metrics.task_fetch_seconds.labels(*labels).observe(timing.fetch_seconds)
-            self._metrics.task_run_seconds.labels(*labels).observe(timing.run_seconds)
+            child(metrics.task_queue_seconds, *labels).observe(timing.queue_seconds)
+            child(metrics.task_fetch_seconds, *labels).observe(timing.fetch_seconds)
+            child(metrics.task_run_seconds, *labels).observe(timing.run_seconds)
 
     def _publish(self, report: node_pb2.LoadReport) -> None:
         metrics = self._metrics

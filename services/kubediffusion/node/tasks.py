@@ -51,7 +51,7 @@ class Resident:
     spec: node_pb2.ModelSpec
     status: node_pb2.ModelStatus
     model: Model | None = None
-    # The same model, if it is one; seen once, since asking a protocol takes as long as a small task.
+    # The same model, if it is one: asked once, since asking takes as long as a small task.
     denoiser: Denoiser | None = None
     progress: Progress = field(default_factory=Progress)
     attempts: int = 0
