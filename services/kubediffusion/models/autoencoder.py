@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kubediffusion.errors import InvalidInput, UnsupportedModel
 from kubediffusion.models.base import LoadSpec, Lora, PortValue
@@ -107,7 +107,9 @@ class Autoencoder:
         if not isinstance(data, bytes):
             raise InvalidInput("stage 'encode_image' takes an encoded image", field="image")
         try:
-            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")).convert("RGB")
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+            # A phone writes down how it was held; `load_image` of diffusers heeds it too.
+            image = ImageOps.exif_transpose(image).convert("RGB")
         except _UNREADABLE as error:
             raise InvalidInput(
                 f"no PNG, JPEG or WebP picture can be read from it: {error}", field="image"

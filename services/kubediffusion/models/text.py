@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,13 +36,13 @@ def _text(inputs: Mapping[str, PortValue]) -> str:
     return text
 
 
-def _token_ids(tokenizer: Any, text: str, length: int) -> torch.Tensor:
+def _token_ids(tokenizer: Any, text: str, length: int, *, cut: bool = False) -> torch.Tensor:
     """(1, length), padded. Raises InvalidInput for a text that would have to be cut.
 
     diffusers cuts it and logs the loss; a service that draws half of what was asked for would
-    only hide the mistake.
+    only hide the mistake. `cut` is for an encoder that need not read to the end.
     """
-    needed = len(tokenizer(text, truncation=False, verbose=False).input_ids)
+    needed = 0 if cut else len(tokenizer(text, truncation=False, verbose=False).input_ids)
     if needed > length:
         raise InvalidInput(
             f"the prompt has {needed} tokens and this text encoder takes {length}; shorten it",
@@ -53,8 +54,20 @@ def _token_ids(tokenizer: Any, text: str, length: int) -> torch.Tensor:
     ).input_ids
 
 
+def _has_t5(spec: LoadSpec) -> bool:
+    try:
+        index = json.loads((spec.pipeline_path / "model_index.json").read_text())
+        return bool(index["text_encoder_3"][1])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return False
+
+
 class ClipEncoder:
-    """`encode`: text -> `embeds` (1, T, D), the last hidden state but one; `pooled` (1, P)."""
+    """`encode`: text -> `embeds` (1, T, D), the last hidden state but one; `pooled` (1, P).
+
+    Beside a T5, which reads several times as far, a CLIP takes the beginning of a long prompt, as
+    in diffusers; alone it refuses one.
+    """
 
     stages = ("encode",)
 
@@ -65,6 +78,7 @@ class ClipEncoder:
         # Both CLIPs pad to the first one's length, as the pipeline does.
         first = _tokenizer(spec, CLIPTokenizer, "text_encoder")
         self._length = min(first.model_max_length, self._module.config.max_position_embeddings)
+        self._cut = _has_t5(spec)
         self._adapters = Adapters(self._module, spec.component)
 
     @property
@@ -78,7 +92,7 @@ class ClipEncoder:
     def run(
         self, stage: str, inputs: Mapping[str, PortValue], loras: Sequence[Lora] = ()
     ) -> Mapping[str, PortValue]:
-        ids = _token_ids(self._tokenizer, _text(inputs), self._length)
+        ids = _token_ids(self._tokenizer, _text(inputs), self._length, cut=self._cut)
         self._adapters.use(loras)
         with torch.no_grad():
             out = self._module(ids.to(self._module.device), output_hidden_states=True)

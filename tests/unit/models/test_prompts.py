@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,27 @@ from kubediffusion.errors import InvalidInput
 from kubediffusion.models.base import LoadSpec, Model
 
 SpecOf = Callable[..., LoadSpec]
-PROMPTS = ("", " ", "a red circle", "ein Kreis über 蓝色 🟦\u200d\x00")
+# The last one is longer than the CLIPs read: they take its beginning, as in diffusers.
+PROMPTS = ("", " ", "a red circle", "ein Kreis über 蓝色 🟦\u200d\x00", "a red circle and " * 30)
 
 
 @pytest.fixture(scope="module")
 def encoders(pristine: Path, spec_of: SpecOf) -> dict[str, Model]:
     names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     return {name: models.load(spec_of(pristine, name)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def without_t5(
+    pristine: Path, spec_of: SpecOf, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Model]:
+    """The CLIPs of a pipeline whose index names no T5."""
+    folder = tmp_path_factory.mktemp("without-t5") / "pipeline"
+    shutil.copytree(pristine, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return {name: models.load(spec_of(folder, name)) for name in ("text_encoder", "text_encoder_2")}
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +57,16 @@ def test_any_text_is_encoded_as_in_diffusers(
             embeds, pooled = pipeline._get_clip_prompt_embeds([prompt], clip_model_index=index)
             assert torch.equal(ours["embeds"], embeds)
             assert torch.equal(ours["pooled"], pooled)
-        ours = encoders["text_encoder_3"].run("encode", {"text": prompt, "max_length": 48})
-        theirs = pipeline._get_t5_prompt_embeds([prompt], max_sequence_length=48)
+        ours = encoders["text_encoder_3"].run("encode", {"text": prompt, "max_length": 160})
+        theirs = pipeline._get_t5_prompt_embeds([prompt], max_sequence_length=160)
         assert torch.equal(ours["embeds"], theirs)
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "text_encoder_3"])
-def test_a_prompt_is_refused_rather_than_cut(encoders: dict[str, Model], name: str) -> None:
+def test_a_prompt_is_refused_rather_than_cut(
+    encoders: dict[str, Model], without_t5: dict[str, Model], name: str
+) -> None:
+    encoders = encoders | without_t5
     limit = 16 if name == "text_encoder_3" else 77
     rest = {"max_length": limit} if name == "text_encoder_3" else {}
     special = 1 if name == "text_encoder_3" else 2
