@@ -127,10 +127,17 @@ class Device:
         # Both are this thread's own: OpenMP keeps its team's size by thread.
         torch.set_num_threads(self._threads)
         torch.set_grad_enabled(False)
-        while not self._closing:
-            self._receive()
-            if self._ready and not self._closing:
-                self._turn()
+        try:
+            while not self._closing:
+                self._receive()
+                if self._ready and not self._closing:
+                    self._turn()
+        except BaseException as error:
+            # A bug of ours, for a model's exceptions end with its task. Without this thread
+            # nothing here ever ends: a new process serves better.
+            log.critical("the device thread failed", exc_info=error)
+            self._closing = True
+            self._post(self._listener.poisoned, f"unexpected {type(error).__name__}: {error}")
 
     def _receive(self) -> None:
         """Does what the loop asked for; waits for that only where there is nothing to run."""

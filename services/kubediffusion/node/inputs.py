@@ -87,9 +87,16 @@ class Inputs:
         await self._fetcher.close()
 
     def _declared(self, task: Task) -> list[node_pb2.LoraUse]:
-        """As the model's spec declares them: a request chooses names and scales, not files."""
+        """As the model's spec declares them: a request chooses among them, and no other files.
+
+        Workflows that share the model may have given one name to different LoRAs; then the one
+        that the request's own workflow meant.
+        """
         declared = {lora.name: lora for lora in task.resident.spec.loras}
-        return [declared[use.name] for use in task.assign.loras]
+        exact = {(lora.name, _source(lora)): lora for lora in task.resident.spec.loras}
+        return [
+            exact.get((use.name, _source(use)), declared[use.name]) for use in task.assign.loras
+        ]
 
     def _resolved(self, task: Task) -> list[Lora]:
         return [

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
-from kubediffusion.errors import InvalidInput, KubeDiffusionError, Unavailable
+from kubediffusion.errors import Internal, InvalidInput, KubeDiffusionError, Unavailable
 from kubediffusion.node.outbox import Outbox
 from kubediffusion.v1alpha1 import node_pb2
 
@@ -23,6 +24,8 @@ DEFAULT_LEASE_SECONDS = 30
 MAX_LEASE_SECONDS = 3600
 # Longer names are nonsense, and would be kept in tables.
 MAX_NAME = 256
+
+log = logging.getLogger(__name__)
 
 
 class Session:
@@ -86,5 +89,9 @@ async def _read(node: Node, session: Session, context: grpc.aio.ServicerContext)
         session.close(error)
     except (grpc.RpcError, grpc.aio.UsageError):
         session.close()  # the call is over
+    except Exception as error:
+        # Unread, the stream would look alive for as long as its lease.
+        log.exception("reading from gateway %s", session.gateway_id)
+        session.close(Internal(f"unexpected {type(error).__name__}; see the node's log"))
     else:
         session.close()

@@ -24,7 +24,7 @@ from kubediffusion.node.library import Library
 from kubediffusion.node.server import NodeServer
 from kubediffusion.v1alpha1 import node_pb2, node_pb2_grpc, tensor_pb2
 
-WAIT = 20.0  # no test waits so long; a broken one ends
+WAIT = 120.0  # no test waits so long, even on a busy machine; a broken one ends
 
 
 class Clock:

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
-from puppets import Gateway, Rig, spec
+from puppets import WAIT, Gateway, Rig, spec
 
 from kubediffusion import tensors
 from kubediffusion.node import ports
@@ -239,6 +240,23 @@ async def test_only_declared_loras_are_used(tmp_path: Path) -> None:
     await rig.stop()
 
 
+async def test_two_workflows_may_give_one_name_to_two_loras_of_a_shared_model(
+    tmp_path: Path,
+) -> None:
+    declared = [
+        node_pb2.LoraUse(name="style", uri=f"test://{folder}", weight_name="w.safetensors")
+        for folder in ("ink", "oil")
+    ]
+    rig = await Rig(tmp_path).start([spec("enc", loras=declared)])
+    gateway = await rig.gateway()
+    for lora in declared:
+        await gateway.assign(lora.uri, loras=[lora])
+        await gateway.event("done", lora.uri)
+    used = [lora.path.name for (lora,) in rig.shelf.models["enc"].loras]
+    assert used == ["ink", "oil"]
+    await rig.stop()
+
+
 @pytest.mark.parametrize(
     ("raised", "reason"),
     [
@@ -323,3 +341,32 @@ async def test_a_thousand_bad_messages_leave_nothing_behind(rig: Rig, tmp_path: 
     assert not rig.server.node.tasks
     assert not rig.shelf.models["enc"].unloaded
     assert not [p for p in (tmp_path / "shm").rglob("*") if p.is_file() and p.suffix != ".lock"]
+
+
+async def test_a_bug_while_a_message_is_taken_ends_the_stream_at_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def assign(*_: object) -> None:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(rig.server.node, "assign", assign)
+    gateway = await rig.gateway()
+    await gateway.assign("r1")
+    error = await gateway.over()
+    assert error is not None
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert not rig.server.node.sessions
+
+
+async def test_a_bug_in_the_device_thread_ends_the_node(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def turn() -> None:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(rig.server.device, "_turn", turn)
+    gateway = await rig.gateway()
+    await gateway.assign("r1")
+    async with asyncio.timeout(WAIT):
+        await rig.server.drain_asked.wait()
+    assert "bug" in rig.server.poisoned
