@@ -3,7 +3,8 @@
 """The least that grpc.aio can cost: our messages between as many processes, and nothing else.
 
 No workflow, no placement, no bookkeeping, no model and no PNG: constants go from hop to hop, with
-the request's id in them, because several requests share a stream.
+the request's id in them, because several requests share a stream. Releases and load reports are
+gathered for as long as ours are.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from kubediffusion.v1alpha1 import (
 )
 
 SOCKET = "skeleton.sock"
+GATHER_SECONDS = 0.1
 STAGES = ("encode", "denoise", "decode")
 
 
@@ -64,6 +66,7 @@ def _tensor(nbytes: int, shape: list[int]) -> tensor_pb2.Value:
             shape=shape,
             dtype=tensor_pb2.DTYPE_U8,
             nbytes=nbytes,
+            incarnation="0123456789abcdef0123456789abcdef",
             inline=bytes(nbytes),
         )
     )
@@ -83,14 +86,30 @@ _INPUTS = {
     },
     "decode": {"latents": _tensor(8, [8])},
 }
+_HELLO = node_pb2.WorkRequest(
+    hello=node_pb2.Hello(
+        gateway_id="gateway", protocol=node_pb2.ProtocolRange(min=1, max=1), lease_seconds=30
+    )
+)
+_WELCOME = node_pb2.WorkEvent(welcome=node_pb2.Welcome(protocol=1))
+_LOAD = node_pb2.WorkEvent(
+    load=node_pb2.LoadReport(queued=3, running=1, queued_seconds=0.004, resident=["standin-encode"])
+)
 _TIMING = node_pb2.Timing(queue_seconds=0.001, run_seconds=0.001, steps_run=1)
 
 
 class _Node(node_pb2_grpc.ModelNodeServicer):
     async def Work(self, requests, context) -> AsyncIterator[node_pb2.WorkEvent]:
+        loop, reported = asyncio.get_running_loop(), 0.0
         async for request in requests:
-            if request.WhichOneof("kind") != "assign":
+            kind = request.WhichOneof("kind")
+            if kind == "hello":
+                yield _WELCOME
+            if kind != "assign":
                 continue
+            if loop.time() - reported > GATHER_SECONDS:
+                reported = loop.time()
+                yield _LOAD
             key, stage = request.assign.key, request.assign.stage
             yield node_pb2.WorkEvent(accepted=node_pb2.Accepted(key=key))
             if stage == "denoise":
@@ -110,6 +129,8 @@ class _Stream:
         stub = node_pb2_grpc.ModelNodeStub(rpc.connect(address))
         self._call = stub.Work()
         self._out: asyncio.Queue[node_pb2.WorkRequest] = asyncio.Queue()
+        self._out.put_nowait(_HELLO)
+        self._ended: list[str] = []
         self._waiting: dict[str, asyncio.Queue[str]] = {}
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
 
@@ -120,6 +141,8 @@ class _Stream:
     async def _read(self) -> None:
         async for event in self._call:
             kind = event.WhichOneof("kind")
+            if kind in ("welcome", "load"):
+                continue
             self._waiting[getattr(event, kind).key.request_id].put_nowait(kind)
 
     async def events(self, request_id: str, stage: str) -> AsyncIterator[str]:
@@ -135,12 +158,24 @@ class _Stream:
             numerics=node_pb2.NUMERICS_EXACT,
             expected_seconds=0.001,
         )
+        if stage == "denoise":
+            assign.lease.checkpoint_every = 5
         self._out.put_nowait(node_pb2.WorkRequest(assign=assign))
         kind = ""
         while kind != "done":
             kind = await queue.get()
             yield kind
         del self._waiting[request_id]
+
+    def release(self, request_id: str) -> None:
+        if not self._ended:
+            asyncio.get_running_loop().call_later(GATHER_SECONDS, self._release)
+        self._ended.append(request_id)
+
+    def _release(self) -> None:
+        ids, self._ended = self._ended, []
+        release = node_pb2.Release(request_ids=ids)
+        self._out.put_nowait(node_pb2.WorkRequest(release=release))
 
 
 class _Gateway(gateway_pb2_grpc.GatewayServicer):
@@ -164,6 +199,8 @@ class _Gateway(gateway_pb2_grpc.GatewayServicer):
                     yield event(started=gateway_pb2.Started(stage=stage, node="node"))
                 elif kind == "progress":
                     yield event(stepped=gateway_pb2.Stepped(step=1, total_steps=1))
+        for stream in self._streams:
+            stream.release(request_id)
         yield event(image=gateway_pb2.Image(png=bytes(270), width=8, height=8, seed=7))
         times = [
             gateway_pb2.StageTime(task=s, stage=s, node="node", timing=_TIMING, attempts=1)
