@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,14 +31,12 @@ def check_upload(data: bytes, field: str) -> tuple[int, int]:
             f"the image has {len(data)} bytes; at most {MAX_UPLOAD_BYTES} are taken", field=field
         )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                _check_size(width, height, getattr(image, "n_frames", 1), field)
-                image.verify()  # checksums and the end, which `load` does without
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                image.load()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            _check_size(width, height, _frames(image), field)
+            image.verify()  # checksums and the end, which `load` does without
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.load()
     except InvalidInput:
         raise
     except UnidentifiedImageError:
@@ -69,6 +66,12 @@ def _check_size(width: int, height: int, frames: int, field: str) -> None:
         raise InvalidInput(
             f"the image is animated ({frames} frames); send a still one", field=field
         )
+
+
+def _frames(image: Image.Image) -> int:
+    # Phones put a second picture (a depth map, a larger view) behind a JPEG's end, which Pillow
+    # then calls MPO. It is no animation, and the first picture is the one that was meant.
+    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
 
 
 def to_image(pixels: np.ndarray, shape: Sequence[int]) -> Image.Image:

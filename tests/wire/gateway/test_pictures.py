@@ -44,6 +44,11 @@ def test_the_usual_formats_are_taken(kind):
     assert check_upload(encoded(kind), "f") == (6, 4)
 
 
+def test_a_phones_jpeg_with_a_second_picture_behind_it_is_a_jpeg():
+    second = Image.new("RGB", (6, 4), (0, 0, 0))
+    assert check_upload(encoded("MPO", save_all=True, append_images=[second]), "f") == (6, 4)
+
+
 @pytest.mark.parametrize(
     ("data", "word"),
     [
