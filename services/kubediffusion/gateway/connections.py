@@ -118,6 +118,10 @@ class NodeConnection:
         return self.description.incarnation if self._up and self.description is not None else ""
 
     @property
+    def host_id(self) -> str:
+        return self.description.host_id if self.description is not None else ""
+
+    @property
     def fingerprint(self) -> str:
         return self.description.fingerprint if self.description is not None else ""
 

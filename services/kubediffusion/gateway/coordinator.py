@@ -16,7 +16,7 @@ from kubediffusion.errors import Internal, InvalidInput, KubeDiffusionError, Una
 from kubediffusion.gateway.attempts import Attempt, RunListener, TaskRun, TaskStatus
 from kubediffusion.gateway.config import GatewayConfig
 from kubediffusion.gateway.connections import NodeConnection
-from kubediffusion.gateway.dispatch import assign_message, placement_task
+from kubediffusion.gateway.dispatch import assign_message, bytes_to_pull, placement_task
 from kubediffusion.gateway.nodes import Fleet
 from kubediffusion.gateway.plan import ImagePlan
 from kubediffusion.gateway.timers import Timers
@@ -248,6 +248,10 @@ class ImageRun:
         self._fleet.profiles.observe_run(
             planned.model, planned.stage, attempt.node.fingerprint, units, timing.run_seconds
         )
+        # LoRAs are fetched in the same time, and from elsewhere.
+        if timing.fetch_seconds and not planned.template.loras:
+            pulled = bytes_to_pull(task, self.tasks)
+            self._fleet.observe_transfer(attempt.node, pulled, timing.fetch_seconds)
         task.time = gateway_pb2.StageTime(
             index=self.plan.index,
             task=planned.name,

@@ -12,8 +12,8 @@ Everything runs on one event loop. Decoding uploads, hooks and PNG run in worker
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,7 +25,7 @@ from kubediffusion.gateway.admission import admit, promised_seconds, solo_second
 from kubediffusion.gateway.config import GatewayConfig
 from kubediffusion.gateway.coordinator import ImageRun
 from kubediffusion.gateway.delivery import Delivery
-from kubediffusion.gateway.flights import Events, Flight
+from kubediffusion.gateway.flights import Events, Flight, Subscriber
 from kubediffusion.gateway.hooks import load_hooks
 from kubediffusion.gateway.jobs import Jobs
 from kubediffusion.gateway.measures import Measures
@@ -101,21 +101,22 @@ class Gateway:
         Its first event may raise InvalidInput, NotFound, Conflict, Overloaded or Unavailable, and
         any later one DeadlineExceeded, Unavailable or Internal.
         """
-        return Events(lambda: self._join_or_begin(request).subscribe())
+        return Events(lambda: self._join_or_begin(request))
 
     async def check(self, request: gateway_pb2.GenerateRequest) -> None:
         """Raises what `generate` would raise of a request that is wrong in itself."""
-        order = await self._order(request)
+        order = self._order(request)
+        await self._check_contents(order)
         order.check(self._facts(order))
 
-    def _join_or_begin(self, request: gateway_pb2.GenerateRequest) -> Flight:
+    def _join_or_begin(self, request: gateway_pb2.GenerateRequest) -> Subscriber:
         if self._stopping:
             raise Unavailable("the gateway is shutting down; send the request to another one")
         keyed = bool(request.idempotency_key)
         if keyed and (joined := self._results.find(request)) is not None:
-            return joined
+            return joined.subscribe()
         flight = Flight(
-            uuid.uuid4().hex,
+            secrets.token_hex(16),
             request,
             self._delivery,
             self.measures,
@@ -126,14 +127,19 @@ class Gateway:
         self.flights.add(flight)
         if keyed:
             self._results.add(request, flight)
-        flight.spawn(self._launch(flight))
-        return flight
+        subscriber = flight.subscribe()  # before there is anything to hear
+        with flight.failing():
+            order = self._order(request)
+            if self._has_contents(order) or self._unseen(order):
+                flight.spawn(self._launch_later(flight, order))
+            else:
+                # Most requests wait for nothing, and need no asyncio task to do so.
+                self._launch(flight, order, self._facts(order))
+        return subscriber
 
-    async def _launch(self, flight: Flight) -> None:
-        """From a request to tasks on their way; errors end the flight."""
-        request = flight.request
-        order = await self._order(request)
-        slo = order.workflow.slo
+    async def _launch_later(self, flight: Flight, order: planning.Order) -> None:
+        """Once its uploads and hooks were seen to, and its models have been up."""
+        await self._check_contents(order)
         facts = self._facts(order)
         if self._unseen(order):
             # What is wrong in itself is said now, and not when the models are there.
@@ -141,6 +147,11 @@ class Gateway:
             self._admit(flight, order, [], None, cold=True)
             flight.held_stages = self._missing_stages(order)
             facts = await self._facts_in_time(flight, order)
+        self._launch(flight, order, facts)
+
+    def _launch(self, flight: Flight, order: planning.Order, facts: Mapping[str, Facts]) -> None:
+        """Sends its tasks on their way."""
+        request, slo = flight.request, order.workflow.slo
         bound = order.bind(facts)
         plans = planning.plan_images(order, bound, facts, flight.request_id)
         tasks = plans[0].tasks
@@ -216,7 +227,7 @@ class Gateway:
         if not self.flights and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
-    async def _order(self, request: gateway_pb2.GenerateRequest) -> planning.Order:
+    def _order(self, request: gateway_pb2.GenerateRequest) -> planning.Order:
         workflow = self.workflows.get(request.workflow)
         if workflow is None:
             known = ", ".join(sorted(self.workflows)) or "none"
@@ -224,13 +235,18 @@ class Gateway:
                 f"there is no workflow {request.workflow!r}; the gateway serves: {known}",
                 field="workflow",
             )
-        order = planning.read_order(request, workflow, self.config.max_images)
+        return planning.read_order(request, workflow, self.config.max_images)
+
+    def _has_contents(self, order: planning.Order) -> bool:
+        """Whether there is something that takes a worker to look at."""
+        return self._hooks.checks_requests or bool(planning.uploads(order))
+
+    async def _check_contents(self, order: planning.Order) -> None:
         uploads = planning.uploads(order)
         if uploads:
             await self._delivery.in_worker(lambda: planning.check_uploads(uploads))
         if self._hooks.checks_requests:
-            await self._delivery.in_worker(lambda: self._hooks.check_request(request))
-        return order
+            await self._delivery.in_worker(lambda: self._hooks.check_request(order.request))
 
     # ------------------------------------------------------------ facts of models
 

@@ -16,11 +16,6 @@ from kubediffusion.v1alpha1 import node_pb2
 def placement_task(task: TaskRun, tasks: Mapping[str, TaskRun]) -> PlacementTask:
     """What placement must know; `tasks` are all of the image, by name."""
     planned, checkpoint = task.planned, task.checkpoint
-    inputs: dict[str, int] = {}
-    for source, port in planned.ports.values():
-        if tasks[source].kept_by is not None:
-            for ref in tensors_of(tasks[source].outputs[port]):
-                inputs[ref.address] = inputs.get(ref.address, 0) + ref.nbytes
     resume, left = "", 1.0
     if checkpoint is not None:
         resume = checkpoint.fingerprint
@@ -30,11 +25,21 @@ def placement_task(task: TaskRun, tasks: Mapping[str, TaskRun]) -> PlacementTask
         planned.stage,
         planned.units,
         planned.models[1:],
-        inputs,
+        bytes_to_pull(task, tasks),
         task.failed_on,
         resume,
         left,
     )
+
+
+def bytes_to_pull(task: TaskRun, tasks: Mapping[str, TaskRun]) -> dict[str, int]:
+    """What of a task's inputs does not come in its message, by the address that holds it."""
+    nbytes: dict[str, int] = {}
+    for source, port in task.planned.ports.values():
+        if tasks[source].kept_by is not None:
+            for ref in tensors_of(tasks[source].outputs[port]):
+                nbytes[ref.address] = nbytes.get(ref.address, 0) + ref.nbytes
+    return nbytes
 
 
 def assign_message(

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from kubediffusion.errors import Internal, KubeDiffusionError
@@ -316,8 +317,14 @@ class Flight:
         task.add_done_callback(self._work.discard)
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
-        try:
+        with self.failing():
             await work
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Whatever is raised inside ends the flight."""
+        try:
+            yield
         except KubeDiffusionError as error:
             self.end(error)
         except Exception as error:

@@ -11,7 +11,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,8 @@ from kubediffusion.gateway.openai.fields import EditFields, GenerationFields
 from kubediffusion.gateway.openai.files import ImageStore
 from kubediffusion.gateway.openai.routes import ApiKeys, Generates, ImagesApi, StreamLimits
 from kubediffusion.telemetry.logging import context
+from kubediffusion.telemetry.metrics import GatewayMetrics
+from kubediffusion.telemetry.tracing import PassThrough, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,8 @@ def build_app(
     api_keys: frozenset[str] | None = None,
     public_url: str = "",
     limits: HttpLimits | None = None,
+    metrics: GatewayMetrics | None = None,
+    tracing: Tracing | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """The ASGI application over `gateway`.
@@ -93,7 +98,7 @@ def build_app(
     _add_health(app, gateway)
     _add_images(app, store)
     _add_failures(app)
-    app.add_middleware(_PerRequest)
+    app.add_middleware(_PerRequest, metrics=metrics, tracing=tracing or PassThrough(), now=now)
     app.openapi = lambda: _openapi(app)
     return app
 
@@ -156,10 +161,21 @@ def _add_failures(app: FastAPI) -> None:
 
 
 class _PerRequest:
-    """Gives each request its id, gives back what its body took, and answers for our bugs."""
+    """Gives each request its id and its span, counts it, gives back what its body took, and
+    answers for our bugs."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: GatewayMetrics | None,
+        tracing: Tracing,
+        now: Callable[[], float],
+    ) -> None:
         self._app = app
+        self._metrics = metrics
+        self._tracing = tracing
+        self._now = now
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -169,24 +185,24 @@ class _PerRequest:
         given = request.headers.get("x-request-id", "")
         own = not _REQUEST_ID.fullmatch(given)
         request_id = f"req-{uuid.uuid4().hex}" if own else given
-        begun = False
+        begin, code = self._now(), 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal begun
+            nonlocal code
             if message["type"] == "http.response.start":
-                begun = True
+                code = message["status"]
                 # The gateway's own id, where it is known and the caller has none.
                 known = own and getattr(request.state, "gateway_request_id", "")
                 MutableHeaders(scope=message)["X-Request-Id"] = known or request_id
             await send(message)
 
-        with context(http_request=request_id):
+        with context(http_request=request_id), self._span(scope):
             try:
                 await self._app(scope, receive, send_with_id)
             except Exception:
                 # Callers are told where to look, and nothing of the inside.
                 log.exception("%s %r failed", scope["method"], scope["path"])
-                if begun:
+                if code:
                     raise
                 error = Internal(
                     f"the server failed at this request; its log says why, under {request_id}"
@@ -196,6 +212,26 @@ class _PerRequest:
                 body: BodyReader | None = getattr(request.state, "body", None)
                 if body is not None:
                     body.close()
+                self._observe(scope, code, self._now() - begin)
+
+    @contextmanager
+    def _span(self, scope: Scope) -> Iterator[None]:
+        """Requests to the nodes lie under the request's own span, and that under its caller's."""
+        headers = MutableHeaders(scope=scope)
+        # Not by its path: the name of an image is the permission to read it.
+        name, above = f"HTTP {scope['method']}", headers.get("traceparent", "")
+        with self._tracing.span(name, above) as traceparent:
+            if traceparent:
+                headers["traceparent"] = traceparent
+            yield
+
+    def _observe(self, scope: Scope, code: int, seconds: float) -> None:
+        if self._metrics is None:
+            return
+        # The template, never what a caller made up. 499: the caller left before its answer.
+        route = getattr(scope.get("route"), "path", "unknown")
+        self._metrics.http_requests.labels(route, str(code or 499)).inc()
+        self._metrics.http_request_seconds.labels(route).observe(seconds)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -77,6 +77,19 @@ class Fleet:
         nodes = self.states() if task.inputs else self.states_with(task.model)
         return place(task, nodes, self.profiles, self.now())
 
+    def observe_transfer(
+        self, to: NodeConnection, nbytes: Mapping[str, int], seconds: float
+    ) -> None:
+        """`to` pulled so many bytes from each of these addresses, all in `seconds`."""
+        away = {address: n for address, n in nbytes.items() if address != to.address}
+        ways = {self._same_host(address, to) for address in away}
+        if len(ways) == 1:  # of a mixture nobody knows which took how long
+            self.profiles.observe_transfer(ways.pop(), sum(away.values()), seconds)
+
+    def _same_host(self, address: str, other: NodeConnection) -> bool:
+        one = self.connections.get(address)
+        return one is not None and bool(one.host_id) and one.host_id == other.host_id
+
     def next_serial(self) -> int:
         self._serial += 1
         return self._serial

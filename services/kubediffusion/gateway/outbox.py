@@ -13,7 +13,7 @@ import grpc.aio
 from kubediffusion.v1alpha1 import node_pb2
 
 # Releases are sent together: within this time, or when so many have come together.
-RELEASE_DELAY = 0.02
+RELEASE_DELAY = 0.1
 RELEASE_BATCH = 64
 # Requests to release on a node that is away. Its lease on them lapses anyway.
 RELEASE_KEPT = 10_000

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
+import gc
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -23,10 +25,12 @@ from kubediffusion.errors import Unavailable
 from kubediffusion.gateway.core import Gateway
 from kubediffusion.gateway.service import GatewayService
 from kubediffusion.telemetry.metrics import serve_metrics
+from kubediffusion.telemetry.tracing import configure as configure_tracing
 from kubediffusion.v1alpha1 import gateway_pb2, gateway_pb2_grpc
 
 if TYPE_CHECKING:
     import uvicorn
+    from fastapi import FastAPI
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +71,22 @@ async def serve(
     Raises Unavailable, reason PortInUse, naming the address.
     """
     async with AsyncExitStack() as stack:
+        # All that was imported and built up to here stays: a full collection, which stops the
+        # loop, need not walk it again.
+        gc.collect()
+        gc.freeze()
+        stack.callback(gc.unfreeze)
+        tracing = configure_tracing("kubediffusion-gateway")
+        stack.push_async_callback(asyncio.to_thread, tracing.close)
         metrics = await _serve_metrics(gateway, doors.metrics, stack)
-        grpc_address = await _serve_grpc(gateway, doors.grpc, drain_seconds, stack)
+        service = GatewayService(gateway, tracing)
+        grpc_address = await _serve_grpc(service, doors.grpc, drain_seconds, stack)
         http = ""
         if doors.http is not None:
-            http = await _serve_http(gateway, doors.http, api_keys, public_url, stack)
+            app = functools.partial(
+                _http_app, gateway, tracing=tracing, api_keys=api_keys, public_url=public_url
+            )
+            http = await _serve_http(app, doors.http, stack)
         yield Addresses(grpc_address, http, metrics)
 
 
@@ -86,14 +101,14 @@ async def _serve_metrics(gateway: Gateway, address: str | None, stack: AsyncExit
 
 
 async def _serve_grpc(
-    gateway: Gateway, address: str | None, drain_seconds: float, stack: AsyncExitStack
+    service: GatewayService, address: str | None, drain_seconds: float, stack: AsyncExitStack
 ) -> str:
     if address is None:
         return ""
     server = grpc.aio.server(
         options=rpc.SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS
     )
-    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayService(gateway), server)
+    gateway_pb2_grpc.add_GatewayServicer_to_server(service, server)
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
@@ -108,21 +123,18 @@ async def _serve_grpc(
     return bound
 
 
-async def _serve_http(
-    gateway: Gateway,
-    address: str,
-    api_keys: frozenset[str] | None,
-    public_url: str,
-    stack: AsyncExitStack,
-) -> str:
-    import uvicorn
-
+def _http_app(gateway: Gateway, **options: Any) -> FastAPI:
     from kubediffusion.gateway.http import build_app
+
+    return build_app(gateway, metrics=gateway.measures.metrics, **options)
+
+
+async def _serve_http(app: Callable[[], FastAPI], address: str, stack: AsyncExitStack) -> str:
+    import uvicorn
 
     listener = _listen(address)
     stack.callback(listener.close)
-    app = build_app(gateway, api_keys=api_keys, public_url=public_url)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="none")
+    config = uvicorn.Config(app(), log_config=None, access_log=False, lifespan="on", ws="none")
     server = uvicorn.Server(config)
     # The process' signals are its owner's.
     serving = asyncio.create_task(_without_signals(server, listener), name="http")

@@ -10,25 +10,31 @@ from kubediffusion import rpc
 from kubediffusion.errors import InvalidInput
 from kubediffusion.gateway.connections import PROTOCOL
 from kubediffusion.gateway.core import Gateway
+from kubediffusion.telemetry.tracing import Tracing
 from kubediffusion.v1alpha1 import gateway_pb2, gateway_pb2_grpc
 
 Context = grpc.aio.ServicerContext
 
 
 class GatewayService(gateway_pb2_grpc.GatewayServicer):
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, tracing: Tracing) -> None:
         self._gateway = gateway
+        self._tracing = tracing
 
     async def Generate(self, request: gateway_pb2.GenerateRequest, context: Context) -> None:
         """A client that leaves cancels this handler, and so closes the events and the request."""
         async with rpc.answering(context):
             _check_protocol(request)
-            events = self._gateway.generate(request)
-            try:
-                async for event in events:
-                    await context.write(event)
-            finally:
-                await events.aclose()
+            with self._tracing.span(
+                "Generate", request.traceparent, workflow=request.workflow
+            ) as traceparent:
+                request.traceparent = traceparent  # the nodes' spans lie under ours
+                events = self._gateway.generate(request)
+                try:
+                    async for event in events:
+                        await context.write(event)
+                finally:
+                    await events.aclose()
 
     async def Submit(
         self, request: gateway_pb2.SubmitRequest, context: Context

@@ -45,7 +45,7 @@ class Children:
         self._known: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, metric: M, *labels: str) -> M:
-        child = self._known.get((metric, *labels))
+        child: Any = self._known.get((metric, *labels))
         if child is None:
             child = self._known[metric, *labels] = metric.labels(*labels)
         return child

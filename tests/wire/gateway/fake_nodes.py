@@ -67,6 +67,8 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
         self.by_reference = by_reference
         self.fingerprint = fingerprint
         self.incarnation = 0
+        # What it says that pulling a task's inputs took.
+        self.fetch_seconds = 0.0
         self.assigned: list[node_pb2.Assign] = []
         self.steps: Counter[str] = Counter()
         self.cancelled: list[str] = []
@@ -233,7 +235,9 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
                 done=node_pb2.Done(
                     key=key,
                     outputs=outputs,
-                    timing=node_pb2.Timing(run_seconds=0.001, steps_run=steps),
+                    timing=node_pb2.Timing(
+                        run_seconds=0.001, fetch_seconds=self.fetch_seconds, steps_run=steps
+                    ),
                 )
             )
         )

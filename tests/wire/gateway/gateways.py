@@ -113,7 +113,7 @@ def kinds(events: Sequence[gateway_pb2.GenerateEvent]) -> list[str]:
 def assert_empty(gateway: Gateway) -> None:
     """Nothing is under way and nothing was forgotten."""
     counts = gateway.debug_counts()
-    counts.pop("releases")  # sent together, 20 ms later
+    counts.pop("releases")  # sent together, a little later
     assert not any(counts.values()), counts
 
 

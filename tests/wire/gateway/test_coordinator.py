@@ -470,3 +470,15 @@ async def test_a_node_taken_off_the_list_ends_what_it_has_and_gets_nothing_new(t
         assert_image(outcome)
         assert first.steps["r1"] == STEPS
         assert fleet.missing(["dit"]) == ("dit",)
+
+
+async def test_the_speed_of_pulled_inputs_is_learnt(tmp_path):
+    """32 bytes of embeddings from the text node to the denoiser in 4 seconds: 8 a second."""
+    text = FakeNode(tmp_path, "a", ("text",), by_reference=True)
+    dit = FakeNode(tmp_path, "b", ("dit", "vae"))
+    dit.fetch_seconds = 4.0
+    async with fleet_of([text, dit]) as fleet:
+        outcome = Outcome()
+        ImageRun(plan(), fleet, CONFIG, outcome).start()
+        await outcome.result()
+        assert fleet.profiles.transfer_seconds(same_host=True, nbytes=80) == pytest.approx(10.0)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import grpc
 import grpc.aio
@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kubediffusion import rpc
 from kubediffusion.errors import InvalidInput, NotFound, Unavailable
+from kubediffusion.gateway import server
 from kubediffusion.gateway.server import Doors, serve
 from kubediffusion.v1alpha1 import gateway_pb2, gateway_pb2_grpc, node_pb2
 
@@ -172,3 +173,61 @@ async def test_a_request_for_models_never_seen_is_demand_for_each_of_them(tmp_pa
             assert value == 2.0
         await events.aclose()
         assert_empty(gateway)
+
+
+async def test_http_answers_are_counted_by_route_and_code(tmp_path):
+    async with served(tmp_path) as (gateway, _, addresses, _):
+        async with httpx.AsyncClient(base_url=f"http://{addresses.http}") as client:
+            await client.get("/healthz")
+            await client.get("/images/made-up")
+            await client.get("/no/such/path")
+        registry = gateway.measures.registry
+
+        def count(route: str, code: str) -> float | None:
+            labels = {"route": route, "code": code}
+            return registry.get_sample_value("kubediffusion_gateway_http_requests_total", labels)
+
+        assert count("/healthz", "200") == 1
+        assert count("/images/{name}", "404") == 1
+        assert count("unknown", "404") == 1
+        name = "kubediffusion_gateway_http_request_seconds_count"
+        assert registry.get_sample_value(name, {"route": "/healthz"}) == 1
+
+
+class Recorded:
+    """Tracing that keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, str]] = []
+
+    @contextmanager
+    def span(self, name: str, traceparent: str = "", **attributes: str | int | float | bool):
+        self.spans.append((name, traceparent))
+        yield OURS
+
+    def close(self) -> None:
+        self.spans.append(("closed", ""))
+
+
+THEIRS = f"00-{'1' * 32}-{'2' * 16}-01"
+OURS = f"00-{'1' * 32}-{'3' * 16}-01"
+
+
+async def test_the_nodes_spans_lie_under_the_gateways_and_that_under_the_callers(
+    tmp_path, monkeypatch
+):
+    traces = Recorded()
+    monkeypatch.setattr(server, "configure_tracing", lambda service: traces)
+    async with served(tmp_path) as (_, node, addresses, channel):
+        stub = gateway_pb2_grpc.GatewayStub(channel)
+        async for _ in stub.Generate(request(traceparent=THEIRS)):
+            pass
+        assert traces.spans == [("Generate", THEIRS)]
+        async with httpx.AsyncClient(base_url=f"http://{addresses.http}") as client:
+            body = {"model": "sd3", "prompt": "a fox", "size": "8x8"}
+            headers = {"traceparent": THEIRS}
+            answer = await client.post("/v1/images/generations", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert traces.spans[1] == ("HTTP POST", THEIRS)
+        assert {assign.traceparent for assign in node.assigned} == {OURS}
+    assert traces.spans[-1] == ("closed", "")
