@@ -138,7 +138,10 @@ class Supervisor:
         if self.metrics is not None:
             self.metrics.nodes.set(sum(1 for report in reports if report.pid))
         if self._serve_metrics:
-            self.folder.write_json("prometheus.json", _targets(reports))
+            try:
+                self.folder.write_json("prometheus.json", _targets(reports))
+            except OSError as error:  # a full disk costs a list, not the nodes
+                log.warning("cannot tell Prometheus of the nodes: %s", error)
         if self._on_change is not None:
             self._on_change(keeper.report())
 
@@ -194,22 +197,26 @@ class _Keeper:
         while True:
             try:
                 exit_code = await self._live()
-            except KubeDiffusionError as error:
-                self._fail(error)
-                return
-            if self._stopping:
-                return
-            young_deaths = 0 if self._lived_well() else young_deaths + 1
-            self._restarts += 1
-            if self._supervisor.metrics is not None:
-                self._supervisor.metrics.restarts.labels(restart_reason(exit_code)).inc()
-            message = f"node {self.plan.name} {how_it_ended(exit_code)}"
-            log.warning("%s; starting it again", message)
-            if young_deaths >= self._supervisor.policy.crash_loop:
-                self._fail(self._crash_loop(message, young_deaths))
+            except (KubeDiffusionError, OSError) as error:
+                young_deaths += 1
+                self._fail(self._start_error(error))
             else:
-                self._set(NodePhase.RESTARTING, message)
+                if self._stopping:
+                    return
+                young_deaths = 0 if self._lived_well() else young_deaths + 1
+                self._died(exit_code, young_deaths)
             await asyncio.sleep(self._supervisor.policy.delay(young_deaths))
+
+    def _died(self, exit_code: int, young_deaths: int) -> None:
+        self._restarts += 1
+        if self._supervisor.metrics is not None:
+            self._supervisor.metrics.restarts.labels(restart_reason(exit_code)).inc()
+        message = f"node {self.plan.name} {how_it_ended(exit_code)}"
+        log.warning("%s; starting it again", message)
+        if young_deaths >= self._supervisor.policy.crash_loop:
+            self._fail(self._crash_loop(message, young_deaths))
+        else:
+            self._set(NodePhase.RESTARTING, message)
 
     async def _live(self) -> int:
         """One process from start to end; returns its exit code."""
@@ -242,14 +249,21 @@ class _Keeper:
         channel = rpc.connect(address)
         try:
             stub: Any = node_pb2_grpc.ModelNodeStub(channel)
-            while not await self._carry_out(stub):  # noqa: ASYNC110
+            while not await self._tried(stub):  # noqa: ASYNC110
                 # A failed model of a node that once was ready: the source may come back.
                 await asyncio.sleep(self._supervisor.policy.most)
-        except grpc.RpcError as error:
-            # Its process is ending, which the keeper sees for itself.
-            log.debug("node %s: %s", self.plan.name, rpc.from_rpc_error(error))
         finally:
             await channel.close()
+
+    async def _tried(self, stub: Any) -> bool:
+        """`_carry_out`, again where a call fails: the keeper ends this when the process ends, and
+        one that only was too busy to answer must get its models all the same."""
+        while True:
+            try:
+                return await self._carry_out(stub)
+            except grpc.RpcError as error:
+                log.info("node %s: %s", self.plan.name, rpc.from_rpc_error(error))
+            await asyncio.sleep(self._supervisor.policy.first)
 
     async def _carry_out(self, stub: Any) -> bool:
         """One SetResidency to its end. True when all models are ready."""
@@ -317,6 +331,11 @@ class _Keeper:
             f"{message}, {deaths} times in a row. The end of its log:\n{tail}",
             reason="NodeCrashLoop",
         )
+
+    def _start_error(self, error: KubeDiffusionError | OSError) -> KubeDiffusionError:
+        if isinstance(error, KubeDiffusionError):
+            return error
+        return Unavailable(f"cannot start node {self.plan.name}: {error}", reason="NodeStart")
 
     def _load_error(self, status: node_pb2.ModelStatus) -> KubeDiffusionError:
         role = next(m.role for m in self.plan.models if m.identity == status.identity)

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 from prometheus_client import CollectorRegistry
 from standin_nodes import (
@@ -23,7 +24,9 @@ from standin_nodes import (
 
 from kubediffusion import rpc
 from kubediffusion.errors import Unavailable, UnsupportedModel
+from kubediffusion.local import supervisor as supervisor_room
 from kubediffusion.local.folders import RunFolder
+from kubediffusion.local.process import NodeProcess
 from kubediffusion.local.restart import RestartPolicy
 from kubediffusion.local.supervisor import NodePhase, NodeReport, Supervisor
 from kubediffusion.telemetry.metrics import SupervisorMetrics
@@ -123,6 +126,46 @@ async def test_a_node_that_crashes_once_at_its_start_is_no_trouble(run_base: Pat
     async with supervised(run_base, "vae", serve=serve_crash_once) as (supervisor, _):
         await in_time(supervisor.wait_ready())
         assert supervisor.reports()[0].restarts == 1
+
+
+async def test_a_node_that_cannot_be_started_again_is_tried_until_it_can(
+    run_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, starts = NodeProcess.start, 0
+
+    async def fail_once(*args: Any) -> NodeProcess:
+        nonlocal starts
+        starts += 1
+        if starts == 2:
+            raise Unavailable("no process can be had", reason="NodeStart")
+        return await start(*args)
+
+    monkeypatch.setattr(NodeProcess, "start", fail_once)
+    async with supervised(run_base, "vae") as (supervisor, watch):
+        await in_time(supervisor.wait_ready())
+        os.kill(supervisor.reports()[0].pid, signal.SIGKILL)
+        failed = await watch.until(lambda r: r.phase is NodePhase.FAILED)
+        assert "no process can be had" in failed.message
+        await watch.until(lambda r: r.phase is NodePhase.READY and r.restarts == 1)
+
+
+async def test_a_node_too_busy_to_answer_gets_its_models_later(
+    run_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carry_out, calls = supervisor_room._Keeper._carry_out, 0
+
+    async def late(keeper: Any, stub: Any) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            no_more = grpc.aio.Metadata()
+            raise grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, no_more, no_more)
+        return await carry_out(keeper, stub)
+
+    monkeypatch.setattr(supervisor_room._Keeper, "_carry_out", late)
+    async with supervised(run_base, "vae") as (supervisor, _):
+        await in_time(supervisor.wait_ready())
+        assert supervisor.reports()[0].restarts == 0
 
 
 async def test_a_crash_loop_is_told_with_its_exit_code_and_its_last_words(
