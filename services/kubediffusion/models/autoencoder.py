@@ -50,7 +50,7 @@ class Autoencoder:
                 reason="WrongArchitecture",
             )
         self._scale_factor = 2 ** (len(self._module.config.block_out_channels) - 1)
-        self._processor = VaeImageProcessor(vae_scale_factor=self._scale_factor)
+        self._processor: Any = VaeImageProcessor(vae_scale_factor=self._scale_factor)
 
     @property
     def facts(self) -> Mapping[str, str | int | float | bool]:

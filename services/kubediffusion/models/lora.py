@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import SD3LoraLoaderMixin
-from diffusers.utils import (
+from diffusers.loaders.lora_pipeline import SD3LoraLoaderMixin
+from diffusers.utils.peft_utils import (
     delete_adapter_layers,
     set_adapter_layers,
     set_weights_and_activate_adapters,
