@@ -121,7 +121,7 @@ class RealNode:
 
     async def kill(self) -> None:
         os.kill(self._process.pid, signal.SIGKILL)
-        await asyncio.to_thread(self._process.join, 10)
+        await asyncio.to_thread(self._process.join, 60)
 
     async def stop(self) -> None:
         if self._process is not None and self._process.is_alive():

@@ -151,7 +151,7 @@ async def abandoned(runtime: LocalRuntime, luck: random.Random) -> None:
 
 
 async def eventually(check: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         while not check():  # noqa: ASYNC110 - counts of others, who tell nobody
             await asyncio.sleep(0.02)
 
@@ -209,9 +209,9 @@ async def node_is_empty(address: str) -> None:
     channel = rpc.connect(address)
     try:
         stub: Any = node_pb2_grpc.ModelNodeStub(channel)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             while True:
-                described = await stub.Describe(node_pb2.DescribeRequest(), timeout=30)
+                described = await stub.Describe(node_pb2.DescribeRequest(), timeout=240)
                 load = described.load
                 if not (load.tensors or load.tensor_bytes or load.queued or load.running):
                     return

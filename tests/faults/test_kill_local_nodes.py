@@ -28,7 +28,8 @@ CONCURRENT = 2
 STEPS = 12
 CHECKPOINT_EVERY = 3
 PROMPTS = ("a red circle", "blue square above a green circle", "a circle left of a square")
-WAIT = 240.0
+# Fifty restarts on a machine that does much else.
+WAIT = 800.0
 
 WORKFLOW = """
 apiVersion: kubediffusion.io/v1alpha1
@@ -120,6 +121,7 @@ def kill(runtime: LocalRuntime, luck: random.Random) -> None:
         os.kill(luck.choice(alive), signal.SIGKILL)
 
 
+@pytest.mark.timeout(WAIT + 100)
 async def test_killing_any_node_at_any_time_costs_no_request_and_changes_no_picture(
     runtime: LocalRuntime,
 ) -> None:
@@ -155,7 +157,7 @@ async def nothing_is_held(runtime: LocalRuntime) -> None:
     await runtime.ready()
     assert not {k: v for k, v in runtime.gateway.debug_counts().items() if v and k != "releases"}
     for address in runtime.supervisor.addresses:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(WAIT):
             while (await load(address)).tensors:  # noqa: ASYNC110 - another process' state
                 await asyncio.sleep(0.02)
 

@@ -49,7 +49,7 @@ async def generate(gateway: Gateway, seed: int, on_event=None):
     """The picture, and how many steps ran more than once."""
     png, highest, repeated = b"", 0, 0
     events = gateway.generate(request(seed))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         async for event in events:
             kind = event.WhichOneof("kind")
             if kind == "image":
@@ -66,7 +66,7 @@ async def generate(gateway: Gateway, seed: int, on_event=None):
 async def test_every_generation_survives_the_death_of_a_node_and_gives_the_same_picture(tmp_path):
     """A node dies at a random point of each of 8 generations, and comes back a little later."""
     draw = random.Random(11)
-    async with service(tmp_path, "abc", 0.001) as (gateway, nodes):
+    async with service(tmp_path, "abc", 0.005) as (gateway, nodes):
         undisturbed = [(await generate(gateway, seed))[0] for seed in range(GENERATIONS)]
         assert len(set(undisturbed)) == GENERATIONS
         resumed = 0
@@ -102,12 +102,12 @@ def busy(gateway: Gateway):
 
 
 async def test_many_generations_at_once_survive_the_death_of_a_node(tmp_path):
-    async with service(tmp_path, "abc", 0.001) as (gateway, nodes):
+    async with service(tmp_path, "abc", 0.005) as (gateway, nodes):
         calm = await asyncio.gather(*(generate(gateway, seed) for seed in range(12)))
         killed = asyncio.Event()
 
         async def kill_one(kind, event):
-            if kind == "stepped" and event.stepped.step == STEPS // 2 and not killed.is_set():
+            if kind == "stepped" and event.stepped.step >= STEPS // 2 and not killed.is_set():
                 killed.set()
                 await nodes[1].kill()
 

@@ -110,11 +110,11 @@ def test_metrics_are_served_on_a_free_port_until_closed() -> None:
     SupervisorMetrics(registry).nodes.set(3)
     server = serve_metrics(registry)
     url = f"http://127.0.0.1:{server.port}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         assert b"kubediffusion_supervisor_nodes 3.0" in answer.read()
     server.close()
     with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(url, timeout=10)
+        urllib.request.urlopen(url, timeout=60)
 
 
 def test_a_metrics_port_in_use_is_said_so() -> None:

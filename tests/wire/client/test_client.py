@@ -33,7 +33,7 @@ from kubediffusion.client import (
 )
 from kubediffusion.v1alpha1 import gateway_pb2, node_pb2, tensor_pb2
 
-SECONDS = 20
+SECONDS = 120
 
 
 class AsyncFace:

@@ -37,7 +37,7 @@ async def calling(handler: Handler) -> AsyncIterator[Callable[[], Awaitable[obje
     try:
         async with rpc.connect(address) as channel:
             stub = gateway_pb2_grpc.GatewayStub(channel)
-            yield lambda: stub.ListWorkflows(gateway_pb2.ListWorkflowsRequest(), timeout=20)
+            yield lambda: stub.ListWorkflows(gateway_pb2.ListWorkflowsRequest(), timeout=60)
     finally:
         await server.stop(0)
 
@@ -107,7 +107,7 @@ async def test_a_server_that_is_not_there_is_unavailable() -> None:
     async with rpc.connect("127.0.0.1:1") as channel:
         stub = gateway_pb2_grpc.GatewayStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as info:
-            await stub.ListWorkflows(gateway_pb2.ListWorkflowsRequest(), timeout=20)
+            await stub.ListWorkflows(gateway_pb2.ListWorkflowsRequest(), timeout=60)
     back = rpc.from_rpc_error(info.value, peer="127.0.0.1:1")
     assert isinstance(back, errors.Unavailable)
     assert "127.0.0.1:1" in str(back)

@@ -100,7 +100,7 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
             server, self._server = self._server, None
             await server.stop(0)
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    async def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
         async with asyncio.timeout(seconds), self.changed:
             await self.changed.wait_for(condition)
 
@@ -276,7 +276,7 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
             stub = node_pb2_grpc.ModelNodeStub(channel)
             request = tensor_pb2.FetchRequest(tensor_id=ref.id, incarnation=ref.incarnation)
             try:
-                return b"".join([chunk.data async for chunk in stub.Fetch(request, timeout=5)])
+                return b"".join([chunk.data async for chunk in stub.Fetch(request, timeout=60)])
             except grpc.aio.AioRpcError:
                 out.put_nowait(
                     failed(

@@ -128,6 +128,6 @@ async def changed(gateway: Gateway, condition: Callable[[], bool]) -> None:
     gateway.fleet.wait(look)
     look()
     try:
-        await asyncio.wait_for(happened.wait(), 10)
+        await asyncio.wait_for(happened.wait(), 60)
     finally:
         gateway.fleet.unwait(look)

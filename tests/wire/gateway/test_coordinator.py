@@ -141,7 +141,7 @@ async def up(fleet: Fleet, count: int) -> None:
 
     fleet.wait(check)
     check()
-    await asyncio.wait_for(ready.wait(), 10)
+    await asyncio.wait_for(ready.wait(), 60)
     fleet.unwait(check)
 
 
@@ -383,7 +383,7 @@ async def test_a_task_waits_for_a_node_and_runs_when_one_comes(tmp_path):
         await up(fleet, 1)
         outcome = Outcome()
         ImageRun(plan(), fleet, CONFIG, outcome).start()
-        await asyncio.wait_for(outcome.held_event.wait(), 10)
+        await asyncio.wait_for(outcome.held_event.wait(), 60)
         await late.start()
         await outcome.result()
         assert_image(outcome)
@@ -395,7 +395,7 @@ async def test_a_model_that_becomes_resident_is_noticed(tmp_path):
     async with fleet_of([node]) as fleet:
         outcome = Outcome()
         ImageRun(plan(), fleet, CONFIG, outcome).start()
-        await asyncio.wait_for(outcome.held_event.wait(), 10)
+        await asyncio.wait_for(outcome.held_event.wait(), 60)
         node.models["dit"] = "dit"
         node.report()
         await outcome.result()
@@ -416,7 +416,7 @@ async def test_the_only_node_dies_and_comes_back(tmp_path):
     async with fleet_of([node]) as fleet:
         outcome = Outcome()
         ImageRun(plan(), fleet, CONFIG, outcome).start()
-        await asyncio.wait_for(outcome.held_event.wait(), 10)
+        await asyncio.wait_for(outcome.held_event.wait(), 60)
         await node.start()
         await outcome.result()
         assert_image(outcome)
@@ -463,7 +463,7 @@ async def test_a_node_taken_off_the_list_ends_what_it_has_and_gets_nothing_new(t
     async with fleet_of([first, other]) as fleet:
         outcome = Outcome()
         ImageRun(plan(), fleet, CONFIG, outcome).start()
-        await asyncio.wait_for(reached.wait(), 10)
+        await asyncio.wait_for(reached.wait(), 60)
         fleet.set_nodes([other.address])
         go.set()
         await outcome.result()

@@ -24,7 +24,7 @@ ENDED = {
 async def ended(gateway, job_id: str) -> gateway_pb2.Job:
     task = gateway.jobs._active.get(job_id)
     if task is not None:
-        await asyncio.wait([task], timeout=20)
+        await asyncio.wait([task], timeout=60)
     job = await gateway.jobs.get(job_id)
     assert job.state in ENDED
     return job

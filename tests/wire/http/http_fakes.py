@@ -15,7 +15,7 @@ from PIL import Image
 
 from kubediffusion.v1alpha1 import gateway_pb2, tensor_pb2
 
-PATIENCE = 10.0  # seconds that a test waits for what must happen
+PATIENCE = 60.0  # seconds that a test waits for what must happen
 
 Script = Callable[[gateway_pb2.GenerateRequest], AsyncGenerator[gateway_pb2.GenerateEvent, None]]
 

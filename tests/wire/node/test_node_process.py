@@ -79,7 +79,7 @@ async def test_an_address_in_use_is_refused(rig: Rig, tmp_path: Path) -> None:
 
 def announced_in(path: Path) -> dict[str, Any]:
     """What a starting process writes; blocking."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while not path.exists():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -118,7 +118,7 @@ class Started:
         self.where = await asyncio.to_thread(announced_in, self.announced)
         channel = rpc.connect(self.where["address"])
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(WAIT):
             async for answer in watch:
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     watch.cancel()
@@ -126,7 +126,7 @@ class Started:
         return channel
 
     async def exit_code(self) -> int | None:
-        await asyncio.to_thread(self.process.join, 30)
+        await asyncio.to_thread(self.process.join, WAIT)
         return self.process.exitcode
 
 
@@ -195,7 +195,7 @@ def orphan(config: node.NodeConfig, announced: Any) -> None:
     """Starts a node and dies without a word."""
     child = multiprocessing.get_context("fork").Process(target=standins, args=(config,))
     child.start()
-    announced.wait(60)
+    announced.wait(WAIT)
     os._exit(1)
 
 

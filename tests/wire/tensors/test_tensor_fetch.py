@@ -301,7 +301,7 @@ async def test_a_part_of_a_tensor_can_be_asked_for() -> None:
     request = tensor_pb2.FetchRequest(tensor_id=ref.id, offset=100, length=2**20)
     async with rpc.connect(ref.address) as channel:
         stub = node_pb2_grpc.ModelNodeStub(channel)
-        got = b"".join([chunk.data async for chunk in stub.Fetch(request, timeout=20)])
+        got = b"".join([chunk.data async for chunk in stub.Fetch(request, timeout=60)])
     assert got == data[100 : 100 + 2**20].tobytes()
     await server.stop(0)
 
