@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from setups import SETUPS, TINY
 from small_pipelines import make_sd3
 
 from benchmarks.reference import Setup
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).parent.parent.parent
-TINY = ROOT / "models" / "tiny-sd3"
-
-SETUPS = {
-    "sd3-f32": ("3", True, "float32"),
-    "sd3-bf16": ("3", True, "bfloat16"),
-    "sd3-no-t5": ("3", False, "float32"),
-    "sd35-f32": ("3.5", True, "float32"),
-    "sd35-no-t5-bf16": ("3.5", False, "bfloat16"),
-}
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SETUPS
+from setups import SETUPS
 from small_pipelines import make_large_controlnet, make_sd3
 from stages import InProcess
 

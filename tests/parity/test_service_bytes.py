@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SETUPS, TINY
+from setups import SETUPS, TINY
 
 from benchmarks.exact import through_the_service
 from benchmarks.reference import Setup, cases, draw

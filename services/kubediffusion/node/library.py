@@ -66,7 +66,7 @@ class Library:
         """Downloads what this component needs of its pipeline, if it is not here. Blocking."""
         _check_inside(spec.subfolder)
         source = self._open(
-            spec.uri, spec.revision, allow=_needed(spec.subfolder), progress=progress
+            spec.uri, spec.revision, allow=_needed(spec.subfolder, spec.variant), progress=progress
         )
         path = source.path / spec.subfolder if spec.subfolder else source.path
         return Files(path, source.path, inspect(path, spec.variant, spec.dtype))
@@ -86,6 +86,14 @@ def _check_inside(relative: str) -> None:
         raise InvalidInput(f"{relative!r} leads out of its source", field="subfolder")
 
 
-def _needed(subfolder: str) -> tuple[str, ...]:
-    own = f"{subfolder}/*" if subfolder else "*"
-    return (own, "model_index.json", "tokenizer*/*", "scheduler/*", "vae/config.json")
+def _needed(subfolder: str, variant: str) -> tuple[str, ...]:
+    """Of one variant only: repositories hold the same weights in several dtypes side by side."""
+    own = f"{subfolder}/" if subfolder else ""
+    mark = f".{variant}" if variant else ""
+    weights = [
+        f"{own}{stem}{mark}{part}.safetensors"
+        for stem in ("model", "diffusion_pytorch_model")
+        for part in ("", "-*")
+    ]
+    beside = ("model_index.json", "tokenizer*/*", "scheduler/*", "vae/config.json")
+    return (*weights, f"{own}*.json", *beside)

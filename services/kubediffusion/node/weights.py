@@ -52,10 +52,12 @@ def inspect(folder: Path, variant: str = "", dtype: str = "") -> Weights:
 def weight_files(folder: Path, variant: str = "") -> Sequence[Path]:
     """Those that a loader would take: of the variant where it has some, else the plain ones."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    marks = (f".{variant}.", f".{variant}-")  # of one file, or of many
     if variant:
-        marks = (f".{variant}.", f".{variant}-")  # of one file, or of many
-        files = [file for file in files if any(m in file.name for m in marks)] or files
-    return files
+        chosen = [file for file in files if any(mark in file.name for mark in marks)]
+    else:
+        chosen = [file for file in files if "." not in file.stem]
+    return chosen or files
 
 
 def _header(file: Path) -> tuple[dict[str, Any], bytes]:
