@@ -94,6 +94,7 @@ class NodeConnection:
         self._outbox = Outbox()
         self._timers = Timers()
         self._call: Any = None
+        self._stub: node_pb2_grpc.ModelNodeStub | None = None
         self._state: NodeState | None = None
         self._task: asyncio.Task[None] | None = None
         self._describing: asyncio.Task[None] | None = None
@@ -372,6 +373,7 @@ class NodeConnection:
             self._describing = asyncio.create_task(self._describe())
 
     async def _describe(self) -> None:
+        assert self._stub is not None, "only while a stream is open"
         try:
             node = await self._stub.Describe(node_pb2.DescribeRequest(), timeout=5.0)
         except grpc.aio.AioRpcError as error:

@@ -20,8 +20,8 @@ from kubediffusion.gateway.dispatch import assign_message, bytes_to_pull, placem
 from kubediffusion.gateway.nodes import Fleet
 from kubediffusion.gateway.plan import ImagePlan
 from kubediffusion.gateway.timers import Timers
-from kubediffusion.gateway.values import tensors_of
 from kubediffusion.scheduling.placement import Placement
+from kubediffusion.tensors import stored
 from kubediffusion.v1alpha1 import gateway_pb2, node_pb2
 
 
@@ -230,7 +230,7 @@ class ImageRun:
         task.status = TaskStatus.DONE
         task.outputs = body.outputs
         task.checkpoint = None
-        by_ref = any(True for value in body.outputs.values() for _ in tensors_of(value))
+        by_ref = any(stored(value) for value in body.outputs.values())
         task.kept_by = (attempt.node.address, attempt.node.incarnation) if by_ref else None
         self._measure(attempt, body.timing)
         if planned.name == self.plan.result[0]:
@@ -307,9 +307,7 @@ class ImageRun:
         named = [
             producer
             for producer in producers
-            if any(
-                ref.id in lost for value in producer.outputs.values() for ref in tensors_of(value)
-            )
+            if any(ref.id in lost for value in producer.outputs.values() for ref in stored(value))
         ]
         for producer in named or producers:
             self._run_again(producer, "InputLost")

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from kubediffusion.gateway.attempts import TaskRun
 from kubediffusion.gateway.plan import ImagePlan
-from kubediffusion.gateway.values import tensors_of
 from kubediffusion.scheduling.placement import Placement, PlacementTask
+from kubediffusion.tensors import stored
 from kubediffusion.v1alpha1 import node_pb2
 
 
@@ -37,7 +37,7 @@ def bytes_to_pull(task: TaskRun, tasks: Mapping[str, TaskRun]) -> dict[str, int]
     nbytes: dict[str, int] = {}
     for source, port in task.planned.ports.values():
         if tasks[source].kept_by is not None:
-            for ref in tensors_of(tasks[source].outputs[port]):
+            for ref in stored(tasks[source].outputs[port]):
                 nbytes[ref.address] = nbytes.get(ref.address, 0) + ref.nbytes
     return nbytes
 

@@ -67,7 +67,8 @@ async def serve(
 ) -> AsyncIterator[Addresses]:
     """Serves a gateway that was started, as long as the context is open.
 
-    On the way out nothing new is taken, and what is under way has `drain_seconds` to end.
+    On the way out nothing new is taken, and what is under way has `drain_seconds` to end. Spans of
+    the requests go where the environment's OTEL_* says, if anywhere (see `telemetry.tracing`).
     Raises Unavailable, reason PortInUse, naming the address.
     """
     async with AsyncExitStack() as stack:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 
 from kubediffusion.errors import InvalidInput, KubeDiffusionError, TensorLost, Unavailable
-from kubediffusion.node import ports
 from kubediffusion.node.admission import Admission, RefusedError, is_begun
 from kubediffusion.node.device import Device, Outputs
 from kubediffusion.node.failures import FailureReason, failure_of
@@ -21,7 +20,7 @@ from kubediffusion.node.residency import Residency
 from kubediffusion.node.session import Session
 from kubediffusion.node.tasks import Name, Resident, Stop, Task
 from kubediffusion.telemetry.metrics import Children, NodeMetrics
-from kubediffusion.tensors import TensorStore
+from kubediffusion.tensors import TensorStore, stored
 from kubediffusion.v1alpha1 import node_pb2, tensor_pb2
 
 MAX_PRIORITY = 1000
@@ -277,7 +276,7 @@ class Node:
         if task.ended or task.stop is Stop.CANCEL:
             # Nobody will release what a task left that is over; its gateway never hears of it.
             for value in outputs.values():
-                for ref in tensors_in(value):
+                for ref in stored(value):
                     self._store.discard(ref.id)
             self.stopped(task, None)
             return
@@ -345,11 +344,6 @@ class Node:
         if not self.tasks:
             self._quiet.set()
         self.reporter.changed()
-
-
-def tensors_in(value: tensor_pb2.Value) -> list[tensor_pb2.TensorRef]:
-    """The stored ones."""
-    return [ref for ref in ports.references(value) if not ref.HasField("inline")]
 
 
 def _failed(

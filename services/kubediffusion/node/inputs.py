@@ -16,7 +16,7 @@ from kubediffusion.models.base import Lora
 from kubediffusion.node import ports
 from kubediffusion.node.tasks import Task
 from kubediffusion.node.threads import in_thread
-from kubediffusion.tensors import Fetcher
+from kubediffusion.tensors import Fetcher, references
 from kubediffusion.v1alpha1 import node_pb2, tensor_pb2
 
 # Where a declared LoRA lies.
@@ -106,7 +106,7 @@ class Inputs:
 
     def _references(self, assign: node_pb2.Assign) -> Iterator[tensor_pb2.TensorRef]:
         for value in assign.inputs.values():
-            yield from ports.references(value)
+            yield from references(value)
         yield from assign.lease.resume.tensors.values()
 
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -32,16 +32,6 @@ def check(ref: tensor_pb2.TensorRef) -> None:
         raise InvalidInput(
             f"tensor {ref.id} of shape {list(ref.shape)} cannot be {ref.memory_format!r}"
         )
-
-
-def references(value: tensor_pb2.Value) -> Iterator[tensor_pb2.TensorRef]:
-    """The tensors in a value, those in lists included."""
-    kind = value.WhichOneof("kind")
-    if kind == "tensor":
-        yield value.tensor
-    elif kind == "list":
-        for item in value.list.values:
-            yield from references(item)
 
 
 def inline_array(ref: tensor_pb2.TensorRef) -> np.ndarray:

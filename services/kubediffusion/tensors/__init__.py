@@ -21,6 +21,8 @@ from kubediffusion.tensors.values import (
     encode_value,
     nbytes_of,
     numpy_dtype,
+    references,
+    stored,
     value_of,
 )
 
@@ -38,7 +40,9 @@ __all__ = [
     "host_id",
     "nbytes_of",
     "numpy_dtype",
+    "references",
     "serve_fetch",
+    "stored",
     "sweep",
     "tune_malloc",
     "value_of",

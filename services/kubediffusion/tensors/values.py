@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -98,6 +98,21 @@ def encode_value(value: object) -> tensor_pb2.Value:
     raise InvalidInput(
         f"a {type(value).__name__} cannot be sent; use text, a number, a bool, bytes or a list"
     )
+
+
+def references(value: tensor_pb2.Value) -> Iterator[tensor_pb2.TensorRef]:
+    """The tensors in a value, those in lists included."""
+    kind = value.WhichOneof("kind")
+    if kind == "tensor":
+        yield value.tensor
+    elif kind == "list":
+        for item in value.list.values:
+            yield from references(item)
+
+
+def stored(value: tensor_pb2.Value) -> list[tensor_pb2.TensorRef]:
+    """Those of `references` that somebody keeps: their bytes are not inline."""
+    return [ref for ref in references(value) if not ref.HasField("inline")]
 
 
 def value_of(value: tensor_pb2.Value) -> WireValue:
