@@ -173,7 +173,7 @@ def _alone(base: Path) -> Iterator[None]:
 
 def _take_lock(path: Path) -> int:
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # `running` may look at it for a moment
     return lock
 
 

@@ -38,12 +38,13 @@ _warm: set[int | None] = set()
 def warm_up(modules: Sequence[str]) -> None:
     """Starts the fork server, which imports `modules` while this returns at once.
 
-    Only the first call in a process chooses them; what a node lacks it imports itself.
+    Only the first call in a process chooses them; what a node lacks it imports itself. Where the
+    server cannot be started, `NodeProcess.start` says so.
     """
     # A server that still imports would see only after seconds that we are gone.
     atexit.unregister(_give_up_warming)
     atexit.register(_give_up_warming)
-    with _starting:
+    with _starting, contextlib.suppress(OSError):
         _context.set_forkserver_preload(["kubediffusion.local.hush", *modules])
         forkserver.ensure_running()
 

@@ -195,8 +195,11 @@ class Residency:
             self._set(resident, EVICTING)
             self.on_evicting(resident)
             await resident.idle.wait()
-            await self._device.call(lambda: self._unload(resident))
-            log.info("evicted %s", resident.identity)
+            try:
+                await self._device.call(lambda: self._unload(resident))
+                log.info("evicted %s", resident.identity)
+            except Exception as error:  # the next plan must be carried out all the same
+                log.error("unloading %s failed", resident.identity, exc_info=error)
         del self._residents[resident.identity]
         self._metrics.forget(resident.identity, list(resident.status.stages))
         if resident.identity in self._planned:  # wanted again meanwhile

@@ -160,3 +160,17 @@ async def test_assist_says_that_it_is_not_there(rig: Rig) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read()
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_model_that_cannot_be_unloaded_does_not_keep_the_next_plan_from_being_carried_out(
+    rig: Rig,
+) -> None:
+    def unload() -> None:
+        raise RuntimeError("bug")
+
+    rig.shelf.models["enc"].unload = unload  # type: ignore[method-assign]
+    await rig.plan(2, [spec("enc2")])
+    statuses = await rig.settled()
+    assert {name: status.state for name, status in statuses.items()} == {
+        "enc2": node_pb2.MODEL_STATE_READY
+    }
