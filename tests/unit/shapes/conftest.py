@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """The tiny model's training code is a folder of its own, not an installed package."""
 
 import sys

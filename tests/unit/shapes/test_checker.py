@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """The judge accepts what is right and refuses what is wrong, each kind of wrong by its name."""
 
 from dataclasses import replace

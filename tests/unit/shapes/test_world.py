@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """Scenes are the same for a seed, captions say what is drawn, and the split does not leak."""
 
 import random
