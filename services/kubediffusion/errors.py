@@ -5,10 +5,10 @@
     KubeDiffusionError
     ├── InvalidInput                the caller's fault: HTTP 400, INVALID_ARGUMENT
     │   ├── InvalidWorkflow         a workflow file or object that cannot be served
-    │   └── UnsupportedModel        weights that are no safetensors, torn, or of another architecture
+    │   └── UnsupportedModel        weights: no safetensors, torn, or of another architecture
     ├── NotFound                    HTTP 404, NOT_FOUND
     ├── Unauthenticated             HTTP 401, UNAUTHENTICATED
-    ├── Conflict                    HTTP 409, ALREADY_EXISTS: an idempotency key used for something else
+    ├── Conflict                    HTTP 409, ALREADY_EXISTS: an idempotency key used twice
     ├── Overloaded                  HTTP 429, RESOURCE_EXHAUSTED, with retry_after seconds
     ├── DeadlineExceeded            HTTP 504, DEADLINE_EXCEEDED
     ├── Cancelled                   HTTP 499, CANCELLED
