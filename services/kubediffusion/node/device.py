@@ -386,6 +386,10 @@ class Device:
 
     def _deliver(self) -> None:
         self._armed = False
-        while self._posts:
-            function, arguments = self._posts.popleft()
-            function(*arguments)
+        try:
+            while self._posts:
+                function, arguments = self._posts.popleft()
+                function(*arguments)
+        finally:
+            if self._posts:  # a listener raised: the rest still goes
+                self._loop.call_soon(self._deliver)

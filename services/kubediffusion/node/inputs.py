@@ -94,9 +94,12 @@ class Inputs:
         """
         declared = {lora.name: lora for lora in task.resident.spec.loras}
         exact = {(lora.name, _source(lora)): lora for lora in task.resident.spec.loras}
-        return [
-            exact.get((use.name, _source(use)), declared[use.name]) for use in task.assign.loras
+        chosen = [
+            exact.get((use.name, _source(use)), declared.get(use.name)) for use in task.assign.loras
         ]
+        if None in chosen:
+            raise InvalidInput("a LoRA of this request is not declared any more", field="loras")
+        return [lora for lora in chosen if lora is not None]
 
     def _resolved(self, task: Task) -> list[Lora]:
         return [
