@@ -47,11 +47,6 @@ def _plan(args: argparse.Namespace, stage: str) -> FlowPlan:
     )
 
 
-def _vae_part(args: argparse.Namespace, part: str) -> None:
-    torch.set_num_threads(1)
-    train_vae(args.work, part, MINUTES[part] * args.scale, rate=1e-3, seed=args.seed)
-
-
 def run_latents(args: argparse.Namespace) -> None:
     """Fit the latent code. Latents are computed as scenes are drawn, so none are stored."""
     code = LatentCode.at(args.work / "latent_code.pt")
@@ -61,8 +56,13 @@ def run_latents(args: argparse.Namespace) -> None:
 def run_vae(args: argparse.Namespace) -> None:
     """Train the decoder and the encoder side by side."""
     run_latents(args)
+    # Only functions of importable modules can be sent to a spawned process.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        for job in [pool.submit(_vae_part, args, part) for part in ("decoder", "encoder")]:
+        jobs = [
+            pool.submit(train_vae, args.work, part, MINUTES[part] * args.scale, args.seed)
+            for part in ("decoder", "encoder")
+        ]
+        for job in jobs:
             job.result()
 
 

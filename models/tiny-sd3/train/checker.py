@@ -78,11 +78,11 @@ def _placed(scene: Scene, matches: list[Found]) -> bool:
         for thing, match in zip(scene.things, matches, strict=True)
     )
     if len(matches) == 1 or not near:
-        return near
+        return bool(near)
     first, second = RELATIONS[scene.where]
     along = 0 if first[0] != second[0] else 1
     gap = (matches[0].x - matches[1].x, matches[0].y - matches[1].y)[along]
-    return gap * (first[along] - second[along]) > 0
+    return bool(gap * (first[along] - second[along]) > 0)
 
 
 def size_of(radius: float) -> str:

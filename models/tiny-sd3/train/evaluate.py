@@ -98,7 +98,7 @@ def judge(
 
 def sheet(pictures: NDArray[np.uint8], columns: int, path: Path) -> None:
     """Save pictures side by side."""
-    gap = 2
+    gap, columns = 2, min(columns, len(pictures))
     padded = np.pad(pictures, ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=200)
     rows = [np.concatenate(list(row), 1) for row in _rows(padded, columns)]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -134,5 +134,5 @@ def _write(
 ) -> dict[str, Any]:
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    sheet(pictures, SAMPLES, results / f"{name}.png")
+    sheet(pictures, SAMPLES, results / f"{name}_samples.png")
     return report

@@ -38,6 +38,7 @@ LATENT_NOISE = 0.3  # the decoder learns to tidy a sampler's errors up to this
 CROP_CELLS = 6
 POSTERIOR_LOGVAR = -9.0
 SCENE_POOL = 2500
+RATE = 1e-3
 
 
 def styled_scenes(seed: int, count: int) -> list[Scene]:
@@ -169,14 +170,14 @@ def encoder_loss(vae: AutoencoderKL, pictures: torch.Tensor, latents: torch.Tens
 class VaeTrainer:
     """Trains one part, "decoder" or "encoder", in this process."""
 
-    def __init__(self, work: Path, part: str, minutes: float, rate: float, seed: int) -> None:
+    def __init__(self, work: Path, part: str, minutes: float, seed: int) -> None:
         torch.manual_seed(seed)
-        self.part, self.rate = part, rate
+        self.part = part
         self.vae, self.path = make_vae(), work / f"vae_{part}.pt"
         self.module: nn.Module = self.vae.decoder if part == "decoder" else self.vae.encoder
         self.loss = decoder_loss if part == "decoder" else encoder_loss
         self.optimizer = torch.optim.AdamW(
-            self.module.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0
+            self.module.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0
         )
         state = load_checkpoint(self.path)
         if state:
@@ -191,7 +192,7 @@ class VaeTrainer:
         """Train until the time is used up."""
         averages = Averages()
         while self.budget.progress < 1:
-            rate = self.rate * flat_then_linear(self.budget.progress)
+            rate = RATE * flat_then_linear(self.budget.progress)
             set_rate([self.optimizer], rate * min(1, (self.step + 1) / 50))
             # Group norm sees other statistics in whole pictures than in crops: train on both.
             whole = self.step % 3 == 2
@@ -226,9 +227,10 @@ class VaeTrainer:
         )
 
 
-def train_vae(work: Path, part: str, minutes: float, rate: float, seed: int) -> None:
+def train_vae(work: Path, part: str, minutes: float, seed: int) -> None:
     """Train the decoder or the encoder; a second call continues where the first ended."""
-    VaeTrainer(work, part, minutes, rate, seed).run()
+    torch.set_num_threads(1)
+    VaeTrainer(work, part, minutes, seed).run()
 
 
 def load_vae(work: Path) -> AutoencoderKL:
