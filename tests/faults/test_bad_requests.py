@@ -71,7 +71,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown input": ({"inputs": {"promt": "a circle"}}, "inputs.promt"),
     "no prompt": ({"inputs": {"prompt": None}}, "inputs.prompt"),
     "wrong type": ({"inputs": {"steps": "many"}}, "inputs.steps"),
-    "prompt too long": ({"inputs": {"prompt": "circle " * 200}}, "inputs.prompt"),
+    "prompt too long": ({"inputs": {"prompt": "circle " * 400}}, "inputs.prompt"),
     "size off the grid": ({"inputs": {"width": 33}}, "inputs.width"),
     "size too large": ({"inputs": {"height": 4096}}, "inputs.height"),
     "too many steps": ({"inputs": {"steps": 9}}, "inputs.steps"),
