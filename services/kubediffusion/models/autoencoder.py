@@ -64,7 +64,7 @@ class Autoencoder:
     def run(
         self, stage: str, inputs: Mapping[str, PortValue], loras: Sequence[Lora] = ()
     ) -> Mapping[str, PortValue]:
-        with torch.no_grad():
+        with torch.inference_mode():
             return self._decode(inputs) if stage == "decode" else self._encode(inputs)
 
     def unload(self) -> None:

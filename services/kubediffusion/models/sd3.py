@@ -82,7 +82,8 @@ class Sd3Denoising:
         self.latents = latents
         self.generator = generator
         self._step = step
-        self._clean: torch.Tensor | None = None
+        # What the last step started from: latents, velocity, timestep; for previews.
+        self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
     def step(self) -> int:
@@ -101,7 +102,11 @@ class Sd3Denoising:
         return CheckpointState(self._step, self.total_steps, tensors)
 
     def preview(self) -> np.ndarray:
-        return picture_of(self._clean if self._clean is not None else self.latents)
+        if self._last is None:
+            return picture_of(self.latents)
+        latents, velocity, timestep = self._last
+        sigma = timestep.item() / self.scheduler.config.num_train_timesteps
+        return picture_of(latents - sigma * velocity)
 
     def finish(self) -> Mapping[str, PortValue]:
         return {"latents": self.latents}
@@ -109,9 +114,7 @@ class Sd3Denoising:
     def apply(self, velocity: torch.Tensor) -> None:
         """One step of the sampler, from the model's guided output (1, C, h, w)."""
         dtype = self.latents.dtype
-        index = self.scheduler.step_index
-        sigma = self.scheduler.sigmas[self.scheduler.begin_index or 0 if index is None else index]
-        self._clean = self.latents - sigma.to(dtype) * velocity
+        self._last = (self.latents, velocity, self.timestep)
         self.latents = self.scheduler.step(
             velocity, self.timestep, self.latents, generator=self.generator, return_dict=False
         )[0]
@@ -158,7 +161,7 @@ class Sd3Transformer:
         controlnets: Sequence[tuple[str, Model]] = (),
     ) -> Sd3Denoising:
         """Raises InvalidInput naming the port at fault."""
-        with torch.no_grad():
+        with torch.inference_mode():
             conditioning = self._conditioning(inputs, loras, controlnets)
             scheduler, timesteps = self._schedule(inputs)
             if resume is not None:
@@ -180,7 +183,7 @@ class Sd3Transformer:
 
     def advance(self, batch: Sequence[Any]) -> None:
         self._adapters.use(batch[0].conditioning.loras)
-        with torch.no_grad():
+        with torch.inference_mode():
             if len(batch) == 1:
                 batch[0].apply(self._velocity(batch[0]))
             else:

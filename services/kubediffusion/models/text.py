@@ -94,7 +94,7 @@ class ClipEncoder:
     ) -> Mapping[str, PortValue]:
         ids = _token_ids(self._tokenizer, _text(inputs), self._length, cut=self._cut)
         self._adapters.use(loras)
-        with torch.no_grad():
+        with torch.inference_mode():
             out = self._module(ids.to(self._module.device), output_hidden_states=True)
         embeds = out.hidden_states[-2].to(self._module.dtype)
         return {"embeds": embeds, "pooled": out[0]}
@@ -128,7 +128,7 @@ class T5Encoder:
         if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= 512:
             raise InvalidInput("it must be within 1 and 512 tokens", field="max_length")
         ids = _token_ids(self._tokenizer, _text(inputs), length)
-        with torch.no_grad():
+        with torch.inference_mode():
             embeds = self._module(ids.to(self._module.device))[0]
         return {"embeds": embeds.to(self._module.dtype)}
 
