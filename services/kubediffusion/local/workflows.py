@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kubediffusion import api, sources, workflow
-from kubediffusion.errors import InvalidWorkflow, KubeDiffusionError, NotFound
+from kubediffusion import api
+from kubediffusion.errors import InvalidWorkflow, NotFound
+from kubediffusion.resolving import resolve_workflow
 
 if TYPE_CHECKING:
     from kubediffusion.workflow import ResolvedWorkflow
@@ -26,35 +26,6 @@ def read_workflow(path: Path) -> api.DiffusionWorkflow:
         raise NotFound(f"cannot read {path}: {error.strerror}", field="-f") from None
     base = path.resolve().parent
     return api.load_workflow(text, source=str(path), base=str(base))
-
-
-def resolve_workflow(definition: api.DiffusionWorkflow) -> ResolvedWorkflow:
-    """Looks into the workflow's sources: which parts there are, and at which commit.
-
-    Blocking. Raises InvalidWorkflow, SourceUnavailable, UnsupportedModel.
-    """
-    source = definition.spec.pipeline.source
-    with _at("spec.pipeline.source"):
-        index = sources.read_index(source.uri, source.revision)
-    commits: dict[tuple[str, str], str] = {}
-    for other in workflow.sources(definition):
-        with _at(f"source {other.uri}"):
-            # Enough to know that it is there, and its commit.
-            opened = sources.open(other.uri, other.revision, allow=("config.json",))
-        if opened.commit:
-            commits[other.uri, other.revision] = opened.commit
-    return workflow.resolve(definition, index, commits)
-
-
-@contextmanager
-def _at(field: str) -> Iterator[None]:
-    """The sources room knows a URI; whoever wrote the file knows the field."""
-    try:
-        yield
-    except KubeDiffusionError as error:
-        if error.field in ("", "uri"):
-            error.field = field
-        raise
 
 
 def resolve_files(paths: Sequence[Path]) -> list[ResolvedWorkflow]:

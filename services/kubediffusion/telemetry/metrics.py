@@ -33,6 +33,7 @@ BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 
 MODEL_STATES = ("pending", "downloading", "loading", "ready", "failed", "evicting")
 GATEWAY_STATES = ("held", "queued", "running")
+READINESS = ("ready", "not_ready")
 
 
 class Children:
@@ -240,6 +241,51 @@ class SupervisorMetrics:
             ("reason",),
             registry=registry,
         )
+
+
+class OperatorMetrics:
+    """The operator. Objects are counted by kind, never by name."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"kubediffusion_operator_{name}", text, labels, registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"kubediffusion_operator_{name}", text, labels, registry=registry)
+
+        def seconds(name: str, text: str, *labels: str) -> Histogram:
+            return Histogram(
+                f"kubediffusion_operator_{name}_seconds",
+                text,
+                labels,
+                buckets=SECONDS,
+                registry=registry,
+            )
+
+        self.reconcile_seconds = seconds(
+            "reconcile", "One namespace, from looking at it to the last write.", "outcome"
+        )
+        self.plan_seconds = seconds("plan", "Planning one namespace.")
+        self.queue_depth = gauge("queue_depth", "Namespaces that wait to be reconciled.")
+        self.writes = counter("writes", "Objects written.", "kind", "verb")
+        self.api_errors = counter(
+            "api_errors", "Calls that the API server refused or did not answer.", "verb", "code"
+        )
+        self.watch_trouble = gauge("watch_trouble", "1 while a kind's watch is down.", "kind")
+        self.heartbeat_age_seconds = gauge(
+            "heartbeat_age_seconds", "Since the event loop last did its round."
+        )
+        self.workflows = gauge("workflows", "Workflows by readiness.", "state")
+        self.models = gauge("models", "Models by readiness.", "state")
+        self.resolutions = counter(
+            "resolutions", "Workflows looked up in their sources, by how it went.", "outcome"
+        )
+        self.residency_calls = counter(
+            "residency_calls", "Plans sent to nodes, by how it went.", "outcome"
+        )
+        for gauges in (self.workflows, self.models):
+            for state in READINESS:
+                gauges.labels(state).set(0)
 
 
 def _remove(gauge: Gauge, *labels: str) -> None:

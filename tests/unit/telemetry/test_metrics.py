@@ -14,13 +14,17 @@ from kubediffusion.telemetry import reference
 from kubediffusion.telemetry.metrics import (
     GatewayMetrics,
     NodeMetrics,
+    OperatorMetrics,
     SupervisorMetrics,
     serve_metrics,
 )
 
 ROOT = Path(__file__).parents[3]
-GROUPS = [NodeMetrics, GatewayMetrics, SupervisorMetrics]
-BOUNDED_LABELS = {"model", "stage", "state", "reason", "outcome", "workflow", "route", "code"}
+GROUPS = [NodeMetrics, GatewayMetrics, OperatorMetrics, SupervisorMetrics]
+BOUNDED_LABELS = {
+    *("model", "stage", "state", "reason", "outcome", "workflow", "route", "code"),
+    *("kind", "verb"),
+}
 UNITS = ("_seconds", "_bytes", "_total", "_size")
 
 
@@ -90,7 +94,7 @@ def test_a_model_is_in_one_state_at_a_time() -> None:
 @pytest.mark.parametrize("group", GROUPS)
 def test_names_and_labels_follow_the_conventions(group: type) -> None:
     for name, kind, labels, documentation in reference.rows(group):
-        assert re.fullmatch(r"kubediffusion_(node|gateway|supervisor)_[a-z_]+", name)
+        assert re.fullmatch(r"kubediffusion_(node|gateway|operator|supervisor)_[a-z_]+", name)
         assert (kind == "counter") == name.endswith("_total")
         if kind == "histogram":
             assert name.endswith(UNITS)
