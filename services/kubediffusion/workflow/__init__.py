@@ -5,6 +5,13 @@
 from kubediffusion.workflow.bind import bind, seed_from_key
 from kubediffusion.workflow.expand import expand
 from kubediffusion.workflow.resolve import resolve, sources
+from kubediffusion.workflow.revision import (
+    Revision,
+    decode,
+    encode,
+    pinned_spec,
+    revision_name,
+)
 from kubediffusion.workflow.values import (
     Bound,
     Constant,
@@ -34,12 +41,17 @@ __all__ = [
     "PipelineIndex",
     "PortRef",
     "ResolvedWorkflow",
+    "Revision",
     "Slo",
     "Task",
     "Value",
     "bind",
+    "decode",
+    "encode",
     "expand",
+    "pinned_spec",
     "resolve",
+    "revision_name",
     "seed_from_key",
     "sources",
 ]
