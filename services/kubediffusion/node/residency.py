@@ -19,7 +19,7 @@ from kubediffusion.errors import (
     KubeDiffusionError,
     SourceUnavailable,
 )
-from kubediffusion.models.base import LoadSpec, Model
+from kubediffusion.models.base import Family, LoadSpec, Model
 from kubediffusion.node.device import Device
 from kubediffusion.node.failures import is_out_of_memory
 from kubediffusion.node.library import Library
@@ -48,6 +48,15 @@ log = logging.getLogger(__name__)
 class OldGeneration(Conflict):
     reason = "OldGeneration"
     grpc_code = "FAILED_PRECONDITION"
+
+
+def _load(family: Family, spec: LoadSpec) -> Model:
+    model = family.load(spec)
+    # Half a million objects of torch, diffusers and the model stay as they are: a full collection,
+    # which stops the loop and the device for as long as a small step takes, need not walk them.
+    gc.collect()
+    gc.freeze()
+    return model
 
 
 class DoesNotFitError(KubeDiffusionError):
@@ -255,7 +264,7 @@ class Residency:
             options=dict(spec.options),
         )
         begin = perf_counter()
-        model = await self._device.call(lambda: family.load(load_spec))
+        model = await self._device.call(lambda: _load(family, load_spec))
         status.load_seconds = perf_counter() - begin
         try:
             self._check_fits(model.nbytes)
@@ -308,6 +317,8 @@ class Residency:
     def _unload(resident: Resident) -> None:
         resident.loaded.unload()
         resident.hold(None)
+        gc.unfreeze()
         gc.collect()
+        gc.freeze()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
