@@ -34,11 +34,17 @@ _POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 class ApiError(Unavailable):
-    """The API server's refusal; `status` is its HTTP code, `reason` its CamelCase word."""
+    """The API server's refusal; `status` is its HTTP code, `reason` its CamelCase word.
 
-    def __init__(self, message: str, *, status: int, reason: str = "") -> None:
+    `retry_after` is in seconds, 0 where the server asked for no pause.
+    """
+
+    def __init__(
+        self, message: str, *, status: int, reason: str = "", retry_after: float = 0.0
+    ) -> None:
         super().__init__(message, reason=reason)
         self.status = status
+        self.retry_after = retry_after
 
 
 class ApiUnreachable(Unavailable):
@@ -150,7 +156,7 @@ class Api:
             response = answer.response
             assert response is not None
             if response.status >= 400:
-                raise _refusal(method, path, response.status, await response.text())
+                raise _refusal(method, path, response, await response.text())
             yield response
         except (aiohttp.ClientError, OSError, ValueError) as error:
             host = self._client.configuration.host
@@ -161,14 +167,24 @@ class Api:
                 response.close()
 
 
-def _refusal(method: str, path: str, status: int, text: str) -> ApiError:
+def _refusal(method: str, path: str, response: aiohttp.ClientResponse, text: str) -> ApiError:
+    status = response.status
     try:
         answer = json.loads(text)
         message, reason = answer.get("message", ""), answer.get("reason", "")
     except (ValueError, AttributeError):
         message, reason = text.strip()[:500], ""
     message = message or f"HTTP {status}"
-    return ApiError(f"{method} {path}: {message}", status=status, reason=reason or f"Http{status}")
+    try:
+        pause = max(0.0, float(response.headers.get("Retry-After", "0")))
+    except ValueError:  # a date; no API server sends one
+        pause = 0.0
+    return ApiError(
+        f"{method} {path}: {message}",
+        status=status,
+        reason=reason or f"Http{status}",
+        retry_after=pause,
+    )
 
 
 def error_of(event: Object) -> KubeDiffusionError:
