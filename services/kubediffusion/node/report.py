@@ -87,6 +87,7 @@ class Reporter:
             tensor_bytes=stats.nbytes,
             tensors=stats.tensors,
             residency_generation=self._residency.generation,
+            gateways=len(self._node.sessions),
         )
 
     def observe(self, task: Task, outcome: str) -> None:

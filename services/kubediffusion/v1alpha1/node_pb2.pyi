@@ -383,7 +383,7 @@ class Failed(_message.Message):
     def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., reason: _Optional[_Union[FailureReason, str]] = ..., message: _Optional[str] = ..., lost_tensors: _Optional[_Iterable[str]] = ..., field: _Optional[str] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("queued", "running", "queued_seconds", "memory_used", "memory_limit", "draining", "resident", "tensor_bytes", "tensors", "residency_generation")
+    __slots__ = ("queued", "running", "queued_seconds", "memory_used", "memory_limit", "draining", "resident", "tensor_bytes", "tensors", "residency_generation", "gateways")
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -394,6 +394,7 @@ class LoadReport(_message.Message):
     TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     RESIDENCY_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    GATEWAYS_FIELD_NUMBER: _ClassVar[int]
     queued: int
     running: int
     queued_seconds: float
@@ -404,7 +405,8 @@ class LoadReport(_message.Message):
     tensor_bytes: int
     tensors: int
     residency_generation: int
-    def __init__(self, queued: _Optional[int] = ..., running: _Optional[int] = ..., queued_seconds: _Optional[float] = ..., memory_used: _Optional[int] = ..., memory_limit: _Optional[int] = ..., draining: _Optional[bool] = ..., resident: _Optional[_Iterable[str]] = ..., tensor_bytes: _Optional[int] = ..., tensors: _Optional[int] = ..., residency_generation: _Optional[int] = ...) -> None: ...
+    gateways: int
+    def __init__(self, queued: _Optional[int] = ..., running: _Optional[int] = ..., queued_seconds: _Optional[float] = ..., memory_used: _Optional[int] = ..., memory_limit: _Optional[int] = ..., draining: _Optional[bool] = ..., resident: _Optional[_Iterable[str]] = ..., tensor_bytes: _Optional[int] = ..., tensors: _Optional[int] = ..., residency_generation: _Optional[int] = ..., gateways: _Optional[int] = ...) -> None: ...
 
 class ModelSpec(_message.Message):
     __slots__ = ("identity", "family", "component", "uri", "revision", "subfolder", "variant", "dtype", "class_name", "options", "loras")
