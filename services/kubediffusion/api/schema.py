@@ -38,6 +38,7 @@ class Column:
     name: str
     path: str
     type: str = "string"
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ _AGE = Column("AGE", ".metadata.creationTimestamp", "date")
 _REASON = Column("REASON", ".status.reason")
 _DESIRED = Column("DESIRED", ".status.desiredReplicas", "integer")
 _REPLICAS = Column("REPLICAS", ".status.replicas", "integer")
+_MESSAGE = Column("MESSAGE", '.status.conditions[?(@.type=="Ready")].message', wide=True)
 _READY = Column("READY", ".status.readyReplicas", "integer")
 
 DEFINITIONS: Sequence[Definition] = (
@@ -62,16 +64,38 @@ DEFINITIONS: Sequence[Definition] = (
         DiffusionWorkflow,
         "diffusionworkflows",
         "dwf",
-        (Column("READY", ".status.ready"), _REASON, _AGE),
+        (
+            Column("READY", ".status.ready"),
+            _REASON,
+            _AGE,
+            Column("REVISION", ".status.revision", wide=True),
+            Column("ENDPOINT", ".status.endpoint", wide=True),
+            _MESSAGE,
+        ),
     ),
     Definition(
         DiffusionModel,
         "diffusionmodels",
         "dmodel",
-        (_READY, _REPLICAS, _DESIRED, _REASON, _AGE),
+        (
+            _READY,
+            _REPLICAS,
+            _DESIRED,
+            _REASON,
+            _AGE,
+            Column("SOURCE", ".spec.source.uri", wide=True),
+            Column("POOL", ".spec.placement.pool", wide=True),
+            _MESSAGE,
+        ),
         scale=True,
     ),
-    Definition(ModelPool, "modelpools", "mpool", (_READY, _REPLICAS, _DESIRED, _REASON, _AGE)),
+    Definition(
+        ModelPool,
+        "modelpools",
+        "mpool",
+        (_READY, _REPLICAS, _DESIRED, _REASON, _AGE, _MESSAGE),
+        scale=True,
+    ),
 )
 
 
@@ -118,6 +142,7 @@ def crd(definition: Definition) -> Schema:
                     "subresources": subresources,
                     "additionalPrinterColumns": [
                         {"name": c.name, "type": c.type, "jsonPath": c.path}
+                        | ({"priority": 1} if c.wide else {})
                         for c in definition.columns
                     ],
                     "schema": {"openAPIV3Schema": structural(definition.kind)},
@@ -129,8 +154,11 @@ def crd(definition: Definition) -> Schema:
 
 def files() -> Mapping[str, str]:
     """All that is generated: path in the repository -> text."""
-    generated = {"docs/schema/diffusionworkflow.json": json.dumps(json_schema(), indent=2) + "\n"}
+    generated: dict[str, str] = {}
     for definition in DEFINITIONS:
+        kind = definition.kind
+        schema = json.dumps(json_schema(kind), indent=2) + "\n"
+        generated[f"docs/schema/{kind.__name__.lower()}.json"] = schema
         text = yaml.safe_dump(crd(definition), sort_keys=False, width=100, allow_unicode=True)
         path = f"charts/kubediffusion/crds/{GROUP}_{definition.plural}.yaml"
         generated[path] = HEADER + text
@@ -141,7 +169,20 @@ def structural(kind: type[BaseModel]) -> Schema:
     """The structural schema of a resource; its metadata is the API server's."""
     schema = _structural_object(kind)
     schema["properties"]["metadata"] = {"type": "object"}
+    schema["properties"]["status"] = _without_defaults(schema["properties"]["status"])
     return schema
+
+
+def _without_defaults(schema: Schema) -> Schema:
+    """A status holds what was found out; what nobody said is not there."""
+    result = {key: value for key, value in schema.items() if key != "default"}
+    for key in ("properties", "items"):
+        if key == "properties" and key in schema:
+            children = cast("dict[str, Schema]", schema[key])
+            result[key] = {name: _without_defaults(child) for name, child in children.items()}
+        elif key in schema:
+            result[key] = _without_defaults(schema[key])
+    return result
 
 
 def _structural_object(kind: type[BaseModel]) -> Schema:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from decimal import Decimal as Number
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -21,56 +23,166 @@ from kubediffusion.api.types import (
 )
 
 Quantities = Annotated[dict[str, Quantity], Field(max_length=16)]
+Drain = Annotated[
+    Seconds,
+    Field(
+        description="Time that a node has to end its work when its pod is deleted. A pod's "
+        "terminationGracePeriodSeconds is 10 more."
+    ),
+]
+AttentionBackend = Annotated[
+    str,
+    Field(max_length=32, pattern=r"^[a-z0-9_]*$", description="Attention as diffusers names it."),
+]
+Compile = Annotated[
+    Literal["none", "default", "max-autotune"], Field(description="torch.compile's mode.")
+]
+Quantization = Annotated[
+    str, Field(max_length=32, pattern=r"^[a-z0-9_]*$", description="Of the weights.")
+]
+Tiling = Annotated[bool, Field(description="Decode in tiles, for little memory.")]
+
+_UNITS: Mapping[str, int | Number] = {
+    "": 1,
+    "m": Number("0.001"),
+    **{letter: 10 ** (3 * n) for n, letter in enumerate("kMGTP", start=1)},
+    **{f"{letter}i": 2 ** (10 * n) for n, letter in enumerate("KMGTP", start=1)},
+}
+
+
+def quantity(text: str | int) -> Number:
+    """The value of a Kubernetes quantity: ``512Mi`` is 536870912. Raises ValueError."""
+    number = str(text).rstrip("mkMGTPiK")
+    unit = str(text)[len(number) :]
+    if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
+        raise ValueError(f"{text!r} is no quantity; write 2, 500m, 512Mi or 8G")
+    return Number(number) * _UNITS[unit]
 
 
 class ResourceClaim(Resource):
     """A dynamic resource claim of the pod, as in core/v1."""
 
-    name: ObjectName
-    request: Annotated[str, Field(max_length=63)] = ""
+    name: Annotated[ObjectName, Field(description="An entry of the pod's resourceClaims.")]
+    request: Annotated[str, Field(max_length=63, description="One request of the claim.")] = ""
+
+
+def _requests_within_limits(resources: Any) -> bool:
+    limits: Mapping[str, str] = resources.limits
+    return all(
+        name not in limits or quantity(value) <= quantity(limits[name])
+        for name, value in resources.requests.items()
+    )
+
+
+def _devices_whole(resources: Any) -> bool:
+    limits: Mapping[str, str] = resources.limits
+    return all(
+        "/" not in name or (name in limits and quantity(limits[name]) == quantity(value))
+        for name, value in resources.requests.items()
+    )
 
 
 class Resources(Resource):
     """As core/v1 ResourceRequirements."""
 
-    requests: Quantities = Field(default_factory=dict)
-    limits: Quantities = Field(default_factory=dict)
-    claims: Annotated[tuple[ResourceClaim, ...], Field(max_length=8)] = ()
+    requests: Annotated[
+        Quantities, Field(description='What is kept free for a pod: {cpu: "2", memory: 8Gi}.')
+    ] = Field(default_factory=dict)
+    limits: Annotated[
+        Quantities,
+        Field(description='What a pod may take: {"nvidia.com/gpu": "1", memory: 16Gi}.'),
+    ] = Field(default_factory=dict)
+    claims: Annotated[
+        tuple[ResourceClaim, ...],
+        Field(max_length=8, description="Dynamic resource claims that the node's container uses."),
+    ] = ()
+
+    rules = (
+        Rule(
+            field="requests",
+            cel="!has(self.requests) || !has(self.limits) || self.requests.all(k, "
+            "!(k in self.limits) || "
+            "quantity(self.requests[k]).compareTo(quantity(self.limits[k])) <= 0)",
+            message="a request is above its limit: lower the request, or raise the limit",
+            holds=_requests_within_limits,
+        ),
+        Rule(
+            field="limits",
+            cel="!has(self.requests) || self.requests.all(k, !k.contains('/') || "
+            "(has(self.limits) && k in self.limits && "
+            "quantity(self.requests[k]).compareTo(quantity(self.limits[k])) == 0))",
+            message="devices such as nvidia.com/gpu cannot be overcommitted: "
+            "write them under limits alone",
+            holds=_devices_whole,
+        ),
+    )
 
 
 class ScalingPolicy(Resource):
     """As autoscaling/v2 HPAScalingPolicy."""
 
-    type: Literal["Pods", "Percent"]
-    value: Annotated[int, Field(ge=1, le=10000)]
-    period_seconds: Annotated[int, Field(ge=1, le=1800)]
+    type: Annotated[
+        Literal["Pods", "Percent"], Field(description="Whether value counts pods or percent.")
+    ]
+    value: Annotated[
+        int, Field(ge=1, le=10000, description="The most that may change in the period.")
+    ]
+    period_seconds: Annotated[int, Field(ge=1, le=1800, description="The period.")]
 
 
 class ScalingRules(Resource):
     """As autoscaling/v2 HPAScalingRules."""
 
-    stabilization_window_seconds: Annotated[int, Field(ge=0, le=3600)] | None = None
-    select_policy: Literal["Max", "Min", "Disabled"] = "Max"
-    policies: Annotated[tuple[ScalingPolicy, ...], Field(max_length=8)] = ()
-    tolerance: Decimal | None = None
+    stabilization_window_seconds: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=3600,
+            description="The most careful recommendation of so many seconds is taken; "
+            "0 for up and 300 for down where left out.",
+        ),
+    ] = None
+    select_policy: Annotated[
+        Literal["Max", "Min", "Disabled"],
+        Field(description="Which of the policies counts; Disabled: no scaling this way."),
+    ] = "Max"
+    policies: Annotated[
+        tuple[ScalingPolicy, ...], Field(max_length=8, description="Limits to the speed.")
+    ] = ()
+    tolerance: Annotated[
+        Decimal | None,
+        Field(description='Deviation from the target that changes nothing; "0.1" where left out.'),
+    ] = None
 
 
 class ScalingBehavior(Resource):
     """As autoscaling/v2 HorizontalPodAutoscalerBehavior."""
 
-    scale_up: ScalingRules | None = None
-    scale_down: ScalingRules | None = None
+    scale_up: Annotated[ScalingRules | None, Field(description="Rules for more replicas.")] = None
+    scale_down: Annotated[ScalingRules | None, Field(description="Rules for fewer.")] = None
 
 
 class Scaling(Resource):
     """How many replicas a model may have. Zero replicas only where minReplicas is 0."""
 
-    min_replicas: Annotated[int, Field(ge=0, le=1000)] = 1
-    max_replicas: Annotated[int, Field(ge=1, le=1000)] = 1
+    mode: Annotated[
+        Literal["builtin", "external"],
+        Field(
+            description="builtin: KubeDiffusion scales by the model's own queue. external: the "
+            "scale subresource is yours (HPA, KEDA, kubectl scale); nothing is clamped to "
+            "minReplicas and maxReplicas."
+        ),
+    ] = "builtin"
+    min_replicas: Annotated[
+        int, Field(ge=0, le=1000, description="0 lets the model go to zero when nobody asks.")
+    ] = 1
+    max_replicas: Annotated[int, Field(ge=1, le=1000, description="Never more than these.")] = 1
     target_per_replica: Annotated[
         Decimal, Field(description="Requests in the system that one replica is meant to carry.")
     ] = "2"
-    behavior: ScalingBehavior | None = None
+    behavior: Annotated[
+        ScalingBehavior | None, Field(description="How fast, as in autoscaling/v2.")
+    ] = None
 
     rules = (
         Rule(
@@ -94,10 +206,20 @@ class Placement(Resource):
     pool: Annotated[ObjectName, Field(description="Name of a ModelPool in the same namespace.")]
 
 
+# A model in a pool has no pods of its own.
+POOLED = Rule(
+    field="placement",
+    cel="!has(self.placement) || (!has(self.resources) && !has(self.podTemplate))",
+    message="a model in a pool has no pods of its own: set resources and podTemplate in the "
+    "ModelPool, or remove placement",
+    holds=lambda m: m.placement is None or (m.resources is None and m.pod_template is None),
+)
+
+
 class Pruning(Resource):
     """Static-budget token pruning. The artifact changes the model, the budget does not."""
 
-    artifact: Source
+    artifact: Annotated[Source, Field(description="What the trainer wrote; merged at load.")]
     budget: Annotated[
         Decimal, Field(description="Mean share of tokens kept, above 0 up to 1; a default.")
     ] = "1"
@@ -122,15 +244,35 @@ class ModelOverride(Resource):
         Source | None, Field(description="Other weights than the pipeline's own.")
     ] = None
     dtype: Annotated[Dtype | None, Field(description="Other than the pipeline's.")] = None
-    attention_backend: Annotated[str, Field(max_length=32, pattern=r"^[a-z0-9_]*$")] = ""
-    compile: Literal["none", "default", "max-autotune"] = "none"
-    quantization: Annotated[str, Field(max_length=32, pattern=r"^[a-z0-9_]*$")] = ""
-    tiling: Annotated[bool, Field(description="Decode in tiles, for little memory.")] = False
-    resources: Resources | None = None
-    scaling: Scaling | None = None
-    placement: Placement | None = None
-    pod_template: Annotated[
-        Embedded | None, Field(description="Merged over the pods of this model.")
+    attention_backend: AttentionBackend = ""
+    compile: Compile = "none"
+    quantization: Quantization = ""
+    tiling: Tiling = False
+    resources: Annotated[
+        Resources | None, Field(description="Of a node's container. The oldest workflow's count.")
     ] = None
-    drain_seconds: Seconds | None = None
-    pruning: Pruning | None = None
+    scaling: Annotated[
+        Scaling | None,
+        Field(
+            description="How many replicas. Of workflows that share a model the larger minReplicas "
+            "and the larger maxReplicas count. Left out: one, or what kubectl scale says."
+        ),
+    ] = None
+    placement: Annotated[
+        Placement | None, Field(description="Where it runs. The oldest workflow's counts.")
+    ] = None
+    pod_template: Annotated[
+        Embedded | None,
+        Field(
+            description="A PodTemplateSpec merged over the pods of this model: containers (the "
+            "node's is named node), volumes and env by name. The oldest workflow's counts."
+        ),
+    ] = None
+    drain_seconds: Annotated[
+        Seconds | None, Field(description="Time that a node has to end its work; 120.")
+    ] = None
+    pruning: Annotated[
+        Pruning | None, Field(description="Token pruning of a diffusion transformer.")
+    ] = None
+
+    rules = (POOLED,)

@@ -7,6 +7,7 @@ Every string, list and map has a bound, so that the API server can price the CEL
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -65,17 +66,23 @@ def map_list(key: str) -> dict[str, Any]:
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
 
 
+def _always(value: object) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule between fields: `holds` here, `cel` in the cluster. `field` is one of the type's.
 
-    Without `cel` the API server sees to it by other means, such as a list's keys.
+    Without `cel` the API server sees to it by other means, such as a list's keys. Without `holds`
+    it is either a rule between two versions of an object (`oldSelf`), which only a cluster has, or
+    `workflow.resolve` says it and names the very field.
     """
 
     field: str
     cel: str
     message: str
-    holds: Callable[[Any], bool]
+    holds: Callable[[Any], bool] = _always
 
 
 class Resource(BaseModel):
@@ -102,6 +109,22 @@ class Metadata(BaseModel):
     annotations: dict[str, str] = Field(default_factory=dict[str, str])
 
 
+def name_rule(limit: int, why: str, *, letter: bool = False) -> Rule:
+    """The name of an object that other names are made from: a label of at most `limit`."""
+    first = "[a-z]" if letter else "[a-z0-9]"
+    pattern = f"^{first}([-a-z0-9]*[a-z0-9])?$"
+    begin = "begins with a letter" if letter else "begins with a letter or digit"
+    return Rule(
+        field="metadata",
+        cel=f"self.metadata.name.size() <= {limit} && self.metadata.name.matches('{pattern}')",
+        message=f"metadata.name may have at most {limit} lower-case letters, digits and dashes, "
+        f"and {begin}: {why}",
+        holds=lambda o: (
+            len(o.metadata.name) <= limit and re.match(pattern, o.metadata.name) is not None
+        ),
+    )
+
+
 class Source(Resource):
     """Where weights come from."""
 
@@ -124,9 +147,36 @@ class Source(Resource):
 class Condition(Resource):
     """As metav1.Condition."""
 
-    type: Annotated[str, Field(min_length=1, max_length=316)]
-    status: Literal["True", "False", "Unknown"]
-    reason: Annotated[str, Field(min_length=1, max_length=1024)]
-    message: Annotated[str, Field(max_length=32768)] = ""
-    last_transition_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
-    observed_generation: Annotated[int, Field(ge=0)] = 0
+    type: Annotated[str, Field(min_length=1, max_length=316, description="What it is about.")]
+    status: Annotated[
+        Literal["True", "False", "Unknown"], Field(description="Whether it is the case.")
+    ]
+    reason: Annotated[
+        str, Field(min_length=1, max_length=1024, description="One word for why, for programs.")
+    ]
+    message: Annotated[
+        str, Field(max_length=32768, description="What is wrong and what to do, for people.")
+    ] = ""
+    last_transition_time: Annotated[
+        str,
+        Field(description="When status last changed.", json_schema_extra={"format": "date-time"}),
+    ]
+    observed_generation: Annotated[
+        int, Field(ge=0, description="The metadata.generation that this is said of.")
+    ] = 0
+
+
+Conditions = Annotated[
+    tuple[Condition, ...],
+    Field(
+        max_length=16,
+        description="What is the case, one entry for each type.",
+        json_schema_extra=map_list("type"),
+    ),
+]
+Count = Annotated[int, Field(ge=0, le=100000)]
+Generation = Annotated[
+    int, Field(ge=0, description="The metadata.generation that this status is of.")
+]
+# Why an object is not ready, or Ready: a condition's reason as a printer column.
+Reason = Annotated[str, Field(max_length=64, description="One word: Ready, or why not.")]

@@ -11,14 +11,16 @@ from pydantic import Field
 from kubediffusion.api.serving import ModelOverride
 from kubediffusion.api.types import (
     Anything,
-    Condition,
+    Conditions,
     Decimal,
     Description,
     DottedName,
     Dtype,
     Expression,
+    Generation,
     Metadata,
     PartName,
+    Reason,
     RelativePath,
     Resource,
     Rule,
@@ -26,6 +28,7 @@ from kubediffusion.api.types import (
     SignedDecimal,
     Source,
     map_list,
+    name_rule,
 )
 
 
@@ -64,14 +67,14 @@ class Pipeline(Resource):
 class ControlNet(Resource):
     """A ControlNet that requests may use, by the input control.<name>."""
 
-    name: PartName
+    name: Annotated[PartName, Field(description="As requests name it.")]
     source: Source
 
 
 class Lora(Resource):
     """A LoRA that requests may use; nothing undeclared is ever loaded."""
 
-    name: PartName
+    name: Annotated[PartName, Field(description="As requests name it.")]
     source: Source
     weight_name: Annotated[
         RelativePath, Field(description="The file, where the source has more than one.")
@@ -96,7 +99,9 @@ class Slo(Resource):
     latency_scale: Annotated[
         Decimal | None, Field(description="Deadline as a multiple of the solo latency.")
     ] = None
-    deadline_seconds: Annotated[int, Field(ge=1, le=86400)] | None = None
+    deadline_seconds: Annotated[
+        int | None, Field(ge=1, le=86400, description="Deadline in seconds.")
+    ] = None
     activation_timeout_seconds: Annotated[
         Seconds, Field(description="How long a request waits for models that have no replica.")
     ] = 300
@@ -126,18 +131,22 @@ class Input(Resource):
     type: Annotated[
         InputTypeName | None, Field(description="Needed for an input that no preset declares.")
     ] = None
-    required: bool | None = None
+    required: Annotated[bool | None, Field(description="A request must give it.")] = None
     default: Annotated[
         Anything | None, Field(description="A value, or an expression that begins with =.")
     ] = None
-    minimum: float | None = None
-    maximum: float | None = None
-    multiple_of: Annotated[int, Field(ge=1, le=65536)] | None = None
-    max_length: Annotated[int, Field(ge=0, le=1 << 30)] | None = None
+    minimum: Annotated[float | None, Field(description="The least that is taken.")] = None
+    maximum: Annotated[float | None, Field(description="The most that is taken.")] = None
+    multiple_of: Annotated[
+        int | None, Field(ge=1, le=65536, description="A number must be a multiple of this.")
+    ] = None
+    max_length: Annotated[
+        int | None, Field(ge=0, le=1 << 30, description="Characters of a text, bytes of an image.")
+    ] = None
     requires: Annotated[
         DottedName | None, Field(description="This input means nothing without that one.")
     ] = None
-    description: Description = ""
+    description: Annotated[Description, Field(description="For the clients' eyes.")] = ""
 
     rules = (
         Rule(
@@ -158,15 +167,18 @@ class StepCache(Resource):
 class Caching(Resource):
     """What may be reused, at the cost of exactness."""
 
-    steps: StepCache | None = None
+    steps: Annotated[StepCache | None, Field(description="Between steps of a request.")] = None
 
 
 class GraphNode(Resource):
     """One use of a model."""
 
-    name: DottedName
-    model: DottedName
-    stage: Literal["encode", "denoise", "decode", "encode_image"]
+    name: Annotated[DottedName, Field(description="Other nodes refer to it by this.")]
+    model: Annotated[DottedName, Field(description="A role: text_encoder, transformer, vae.")]
+    stage: Annotated[
+        Literal["encode", "denoise", "decode", "encode_image"],
+        Field(description="What the model does here."),
+    ]
     inputs: Annotated[
         dict[DottedName, Anything],
         Field(
@@ -185,9 +197,16 @@ class Graph(Resource):
 
     nodes: Annotated[
         tuple[GraphNode, ...],
-        Field(min_length=1, max_length=64, json_schema_extra=map_list("name")),
+        Field(
+            min_length=1,
+            max_length=64,
+            description="The uses of models, in any order.",
+            json_schema_extra=map_list("name"),
+        ),
     ]
-    output: Annotated[str, Field(min_length=3, max_length=200)]
+    output: Annotated[
+        str, Field(min_length=3, max_length=200, description="NODE.OUTPUT that is the result.")
+    ]
 
     rules = (
         Rule(
@@ -200,11 +219,14 @@ class Graph(Resource):
 
 
 class WorkflowSpec(Resource):
+    """What to serve, and how."""
+
     pipeline: Pipeline
     control_nets: Annotated[
         tuple[ControlNet, ...],
         Field(
             max_length=8,
+            description="ControlNets that requests may use.",
             json_schema_extra=map_list("name"),
         ),
     ] = ()
@@ -212,6 +234,7 @@ class WorkflowSpec(Resource):
         tuple[Lora, ...],
         Field(
             max_length=64,
+            description="LoRAs that requests may use.",
             json_schema_extra=map_list("name"),
         ),
     ] = ()
@@ -222,15 +245,35 @@ class WorkflowSpec(Resource):
             "across requests and split CFG are allowed."
         ),
     ] = "exact"
-    slo: Slo | None = None
-    models: Annotated[dict[DottedName, ModelOverride], Field(max_length=32)] = Field(
-        default_factory=dict[str, ModelOverride]
-    )
-    inputs: Annotated[dict[DottedName, Input], Field(max_length=64)] = Field(
-        default_factory=dict[str, Input]
-    )
-    caching: Caching | None = None
-    graph: Graph | None = None
+    slo: Annotated[Slo | None, Field(description="How long a request may take.")] = None
+    models: Annotated[
+        dict[DottedName, ModelOverride],
+        Field(
+            max_length=32,
+            description="Changes by role: text_encoder, transformer, vae, controlnet.NAME.",
+        ),
+    ] = Field(default_factory=dict[str, ModelOverride])
+    inputs: Annotated[
+        dict[DottedName, Input],
+        Field(max_length=64, description="Defaults and bounds of what requests give, by name."),
+    ] = Field(default_factory=dict[str, Input])
+    caching: Annotated[
+        Caching | None, Field(description="What may be reused, at the cost of exactness.")
+    ] = None
+    graph: Annotated[
+        Graph | None, Field(description="The uses of models, where no preset has them.")
+    ] = None
+    strategy: Annotated[
+        Literal["Rolling", "Replace"],
+        Field(
+            description="How a change of models takes over. Rolling: the new ones start beside "
+            "the old ones, and take over when Ready. Replace: the old ones go first, so that no "
+            "second accelerator is needed; requests are held meanwhile."
+        ),
+    ] = "Rolling"
+    revision_history_limit: Annotated[
+        int, Field(ge=0, le=100, description="Old revisions kept for rolling back.")
+    ] = 10
 
     rules = (
         Rule(
@@ -252,31 +295,63 @@ class WorkflowSpec(Resource):
             "give preset without graph, or family and graph",
             holds=lambda s: (s.graph is not None) == (s.pipeline.family is not None),
         ),
+        Rule(
+            field="models",
+            cel="!has(self.models) || self.models.all(m, !m.startsWith('controlnet.') || "
+            "(has(self.controlNets) && self.controlNets.exists(c, 'controlnet.' + c.name == m)))",
+            message="models.controlnet.NAME changes a ControlNet that controlNets does not "
+            "declare: declare it, or remove the entry",
+        ),
+        Rule(
+            field="models",
+            cel="!has(self.models) || self.models.all(m, !m.startsWith('controlnet.') || "
+            "!has(self.models[m].enabled) || self.models[m].enabled)",
+            message="a ControlNet cannot be left out by enabled: false; remove it from controlNets",
+        ),
+        Rule(
+            field="inputs",
+            cel="!has(self.graph) || !has(self.inputs) || "
+            "self.inputs.all(i, has(self.inputs[i].type))",
+            message="an input of a graph needs its type: text, integer, number, flag or image",
+        ),
+        Rule(
+            field="inputs",
+            cel="!has(self.graph) || !has(self.inputs) || self.inputs.all(i, "
+            "!has(self.inputs[i].requires) || self.inputs[i].requires in self.inputs)",
+            message="an input requires another one that the workflow does not declare: "
+            "declare it under inputs, or remove requires",
+        ),
     )
 
 
 class WorkflowModelStatus(Resource):
     """One model of the workflow, and the DiffusionModel that serves it."""
 
-    role: DottedName
-    model: Annotated[str, Field(max_length=63)]
-    ready: bool = False
+    role: Annotated[DottedName, Field(description="Its name in the workflow.")]
+    model: Annotated[str, Field(max_length=63, description="Name of the DiffusionModel.")]
+    ready: Annotated[bool, Field(description="Whether requests can use it.")] = False
 
 
 class WorkflowStatus(Resource):
-    observed_generation: Annotated[int, Field(ge=0)] = 0
+    """What is known of a workflow."""
+
+    observed_generation: Generation = 0
     ready: Annotated[str, Field(max_length=16, description="Ready models of all, as 4/5.")] = ""
-    reason: Annotated[str, Field(max_length=64)] = ""
-    endpoint: Annotated[str, Field(max_length=1024)] = ""
-    revision: Annotated[str, Field(max_length=253)] = ""
-    models: Annotated[tuple[WorkflowModelStatus, ...], Field(max_length=32)] = ()
-    conditions: Annotated[
-        tuple[Condition, ...],
-        Field(
-            max_length=16,
-            json_schema_extra=map_list("type"),
-        ),
+    reason: Reason = ""
+    endpoint: Annotated[
+        str, Field(max_length=1024, description="Where clients reach it: the gateway's address.")
+    ] = ""
+    revision: Annotated[
+        str, Field(max_length=253, description="Name of the ControllerRevision that is served.")
+    ] = ""
+    latest_revision: Annotated[
+        str, Field(max_length=253, description="Name of the newest; served when Ready.")
+    ] = ""
+    models: Annotated[
+        tuple[WorkflowModelStatus, ...],
+        Field(max_length=32, description="The newest revision's models."),
     ] = ()
+    conditions: Conditions = ()
 
 
 class DiffusionWorkflow(Resource):
@@ -287,3 +362,5 @@ class DiffusionWorkflow(Resource):
     metadata: Metadata
     spec: WorkflowSpec
     status: WorkflowStatus | None = None
+
+    rules = (name_rule(52, "its revisions are named <name>-<hash>"),)

@@ -70,7 +70,17 @@ def encode(
 
 def plain_spec(workflow: DiffusionWorkflow) -> dict[str, Any]:
     """The spec as JSON without defaults: equal for two workflows that mean the same."""
-    return workflow.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    plain = workflow.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return cast("dict[str, Any]", _whole(plain))
+
+
+def _whole(value: object) -> object:
+    """4.0 as 4, as API servers send it."""
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in cast("dict[str, object]", value).items()}
+    if isinstance(value, list):
+        return [_whole(item) for item in cast("list[object]", value)]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def decode(data: Mapping[str, Any]) -> ResolvedWorkflow:

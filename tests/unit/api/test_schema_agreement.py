@@ -13,12 +13,13 @@ import jsonschema
 import pytest
 import yaml
 
-from kubediffusion.api import load_workflow, schema
+from kubediffusion.api import DiffusionModel, ModelPool, load, load_workflow, schema
 from kubediffusion.errors import InvalidWorkflow
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 VALIDATOR = jsonschema.Draft202012Validator(schema.json_schema())
+OTHERS = {kind.__name__: kind for kind in (DiffusionModel, ModelPool)}
 
 GOOD: dict[str, Any] = {
     "apiVersion": "kubediffusion.io/v1alpha1",
@@ -81,8 +82,14 @@ def changed(document: dict[str, Any], path: str, value: object) -> dict[str, Any
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_keep_to_the_schema_and_the_types(path: Path) -> None:
     text = path.read_text()
-    VALIDATOR.validate(yaml.safe_load(text))
-    load_workflow(text)
+    document = yaml.safe_load(text)
+    other = OTHERS.get(document["kind"])
+    if other is None:
+        VALIDATOR.validate(document)
+        load_workflow(text)
+    else:
+        jsonschema.Draft202012Validator(schema.json_schema(other)).validate(document)
+        load(other, text)
 
 
 def test_there_are_examples() -> None:
@@ -137,13 +144,13 @@ def test_crds_are_structural_and_bounded(definition: schema.Definition) -> None:
             assert name in node["properties"], path
 
 
-def test_only_models_have_a_scale_subresource() -> None:
+def test_models_and_pools_have_a_scale_subresource() -> None:
     scaled = {
         definition.plural
         for definition in schema.DEFINITIONS
         if "scale" in schema.crd(definition)["spec"]["versions"][0]["subresources"]
     }
-    assert scaled == {"diffusionmodels"}
+    assert scaled == {"diffusionmodels", "modelpools"}
 
 
 @pytest.mark.parametrize("path", schema.files())
