@@ -1,0 +1,160 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The denoiser: a step of one request, or of several together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+from kubediffusion.errors import InvalidInput
+from kubediffusion.models.base import CheckpointState, LoadSpec, Lora, Model, PortValue
+from kubediffusion.models.loading import load_module, nbytes_of
+from kubediffusion.models.lora import Adapters
+from kubediffusion.models.random import generator_of
+from kubediffusion.models.sd3.conditioning import Conditioner
+from kubediffusion.models.sd3.denoising import Sd3Denoising, resumed
+from kubediffusion.models.sd3.sampling import Sampling
+
+
+class Sd3Transformer:
+    """`models.base.Model` and `Denoiser`."""
+
+    stages = ("denoise",)
+
+    def __init__(self, spec: LoadSpec) -> None:
+        self.spec = spec
+        self._module: Any = load_module(spec, SD3Transformer2DModel)
+        self._adapters = Adapters(self._module, "transformer")
+        self._conditioner = Conditioner(self._module)
+        self._sampling = Sampling(spec, self._module)
+
+    @property
+    def facts(self) -> Mapping[str, str | int | float | bool]:
+        names = ("patch_size", "sample_size", "in_channels")
+        names += ("pos_embed_max_size", "joint_attention_dim")
+        return {name: int(self._module.config[name]) for name in names}
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes_of(self._module)
+
+    def run(
+        self, stage: str, inputs: Mapping[str, PortValue], loras: Sequence[Lora] = ()
+    ) -> Mapping[str, PortValue]:
+        raise InvalidInput(f"a transformer has no one-shot stage {stage!r}", field="stage")
+
+    def unload(self) -> None:
+        del self._module, self._adapters, self._conditioner
+
+    def start(
+        self,
+        inputs: Mapping[str, PortValue],
+        loras: Sequence[Lora] = (),
+        resume: CheckpointState | None = None,
+        controlnets: Sequence[tuple[str, Model]] = (),
+    ) -> Sd3Denoising:
+        """Raises InvalidInput naming the port at fault."""
+        with torch.inference_mode():
+            conditioning = self._conditioner.read(inputs, loras, controlnets)
+            scheduler, timesteps = self._sampling.schedule(inputs)
+            if resume is not None:
+                return resumed(conditioning, scheduler, timesteps, resume, self._module.device)
+            given = inputs.get("init.generator")
+            generator = generator_of(given if given is not None else inputs.get("seed"))
+            latents = self._sampling.first_latents(inputs, scheduler, timesteps, generator)
+            # diffusers' sampler draws from the global generator, if at all: decision 0001.
+            sampler = generator_of(inputs.get("seed"))
+            return Sd3Denoising(conditioning, scheduler, timesteps, latents, sampler)
+
+    def batch_key(self, denoising: Any) -> object:
+        """Equal keys share a forward. ControlNets have one scale a call: such leases go alone."""
+        c = denoising.conditioning
+        if c.controls:
+            return denoising
+        loras = tuple((lora.path, lora.weight_name, lora.scale) for lora in c.loras)
+        return (c.embeds.shape, denoising.latents.shape, denoising.latents.dtype, loras)
+
+    def advance(self, batch: Sequence[Any]) -> None:
+        self._adapters.use(batch[0].conditioning.loras)
+        with torch.inference_mode():
+            if len(batch) == 1:
+                batch[0].apply(self._velocity(batch[0]))
+            else:
+                self._advance_together(batch)
+
+    # ------------------------------------------------------------ one request
+
+    def _velocity(self, denoising: Sd3Denoising) -> torch.Tensor:
+        c = denoising.conditioning
+        latents = torch.cat([denoising.latents] * c.branches)
+        timestep = denoising.timestep.expand(c.branches)
+        out = self._module(
+            hidden_states=latents,
+            timestep=timestep,
+            encoder_hidden_states=c.embeds,
+            pooled_projections=c.pooled,
+            block_controlnet_hidden_states=_residuals(denoising, latents, timestep),
+            return_dict=False,
+        )[0]
+        if c.branches == 1:
+            return out
+        negative, positive = out.chunk(2)
+        return negative + c.guidance * (positive - negative)
+
+    def _advance_together(self, batch: Sequence[Sd3Denoising]) -> None:
+        """Rows: the negative prompts of all, then the prompts of all."""
+        all_c = [d.conditioning for d in batch]
+        branches = all_c[0].branches
+        rows = [(b, d) for b in range(branches) for d in batch]
+        out = self._module(
+            hidden_states=torch.cat([d.latents for _, d in rows]),
+            timestep=torch.stack([d.timestep for _, d in rows]),
+            encoder_hidden_states=torch.stack([d.conditioning.embeds[b] for b, d in rows]),
+            pooled_projections=torch.stack([d.conditioning.pooled[b] for b, d in rows]),
+            return_dict=False,
+        )[0]
+        if branches == 2:
+            negative, positive = out.chunk(2)
+            scales = torch.tensor([c.guidance for c in all_c], dtype=out.dtype, device=out.device)
+            out = negative + scales.view(-1, 1, 1, 1) * (positive - negative)
+        for denoising, velocity in zip(batch, out.split(1), strict=True):
+            denoising.apply(velocity)
+
+
+def _residuals(
+    denoising: Sd3Denoising, latents: torch.Tensor, timestep: torch.Tensor
+) -> tuple[torch.Tensor, ...] | None:
+    """What the ControlNets add to the transformer's blocks at this step.
+
+    Of several, the first one's config decides for all, and they run even where their scale is 0:
+    both as diffusers does.
+    """
+    c = denoising.conditioning
+    if not c.controls:
+        return None
+    config: Any = c.controls[0].net.config
+    zeros = config.force_zeros_for_pooled_projection
+    done, total = denoising.step, denoising.total_steps
+    scales = [
+        control.scale
+        * (1.0 - float(done / total < control.start or (done + 1) / total > control.end))
+        for control in c.controls
+    ]
+    images = [control.latents for control in c.controls]
+    for control in c.controls:
+        if control.pos_embed is not None:
+            # Another transformer's lease may have lent its own since the last step.
+            control.net.pos_embed = control.pos_embed
+    return (c.multi or c.controls[0].net)(
+        hidden_states=latents,
+        timestep=timestep,
+        encoder_hidden_states=None if config.joint_attention_dim is None else c.embeds,
+        pooled_projections=torch.zeros_like(c.pooled) if zeros else c.pooled,
+        controlnet_cond=images if c.multi else images[0],
+        conditioning_scale=scales if c.multi else scales[0],
+        return_dict=False,
+    )[0]
