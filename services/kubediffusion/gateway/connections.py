@@ -91,6 +91,8 @@ class NodeConnection:
         self._draining = False
         self._assigned: dict[tuple[str, str], Assignment] = {}
         self._expected = 0.0
+        # Of that, what was sent since the last report.
+        self._sent = 0.0
         self._outbox = Outbox()
         self._timers = Timers()
         self._call: Any = None
@@ -147,14 +149,18 @@ class NodeConnection:
             loading=self._loading,
             queued=load.queued,
             running=load.running,
-            # A report is up to 100 ms old; what we sent since then is not in it.
-            queue_seconds=max(load.queued_seconds, self._expected),
+            # A report is up to 100 ms old; what we sent since then is not in it. With other
+            # gateways there, what it holds beside that is not ours.
+            queue_seconds=max(
+                load.queued_seconds + (self._sent if load.gateways > 1 else 0.0), self._expected
+            ),
             memory_used=load.memory_used,
             memory_limit=load.memory_limit,
             draining=self._draining or self.retiring,
             suspect=self._now() - self._last_heard > self._limits.suspect,
             full_until=self.full_until,
             last_placed=self.last_placed,
+            gateways=load.gateways,
         )
 
     # ------------------------------------------------------------ what the coordinator does
@@ -162,6 +168,7 @@ class NodeConnection:
     def assign(self, assignment: Assignment, message: node_pb2.Assign, serial: int) -> None:
         self._assigned[assignment.request_id, assignment.task_name] = assignment
         self._expected += assignment.expected_seconds
+        self._sent += assignment.expected_seconds
         self.last_placed = serial
         self._state = None
         self._outbox.send(node_pb2.WorkRequest(assign=message))
@@ -175,7 +182,7 @@ class NodeConnection:
             if not self._assigned:
                 self._expected = 0.0  # no rounding error stays behind
                 if self.retiring:
-                    self._break_stream()
+                    self._end_soon()
             self._state = None
 
     def cancel(self, request_id: str) -> None:
@@ -202,13 +209,27 @@ class NodeConnection:
         self._task = asyncio.create_task(self._run(), name=f"node {self.address}")
 
     def retire(self) -> None:
-        """No new tasks; the connection ends with the last one it has."""
+        """No new tasks. The connection ends with the node, or a lease after its last task: until
+        then others may pull what was made there, and it is told what nobody needs any more."""
         self.retiring = True
         self._state = None
-        if not self._assigned:
-            self._break_stream()
-            if not self._up and self._task is not None:
-                self._task.cancel()
+        if self._up:
+            if not self._assigned:
+                self._end_soon()
+        elif self._task is not None:
+            self._task.cancel()
+
+    def revive(self) -> bool:
+        """It is to be used again; whether it can be."""
+        if not self._up:
+            return False
+        self.retiring = False
+        self._state = None
+        self._timers.cancel("retired")
+        return True
+
+    def _end_soon(self) -> None:
+        self._timers.after("retired", self._limits.lease, self._break_stream)
 
     async def stop(self) -> None:
         await self._outbox.drained(1.0)
@@ -347,6 +368,7 @@ class NodeConnection:
 
     def _set_load(self, load: node_pb2.LoadReport) -> None:
         self.load = load
+        self._sent = 0.0
         self._draining = load.draining
         ready = frozenset(load.resident)
         if ready != self._ready:

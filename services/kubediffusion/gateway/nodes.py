@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
@@ -23,10 +24,17 @@ class Fleet:
     """Connections by address. A FleetListener of each of them."""
 
     def __init__(
-        self, gateway_id: str, limits: NodeLimits, now: Callable[[], float], profiles: Profiles
+        self,
+        gateway_id: str,
+        limits: NodeLimits,
+        now: Callable[[], float],
+        profiles: Profiles,
+        draw: Callable[[], float] = random.random,
     ) -> None:
+        """`draw` gives random numbers from 0 up to 1, for choosing beside other gateways."""
         self.profiles = profiles
         self.now = now
+        self._draw = draw
         # Kept when the nodes go: a request can be checked while its model has no replica.
         self.facts: dict[str, Facts] = {}
         self.connections: dict[str, NodeConnection] = {}
@@ -50,10 +58,21 @@ class Fleet:
         self._retired = [connection for connection in self._retired if not connection.ended]
         for address in wanted:
             if address not in self.connections:
-                connection = NodeConnection(address, self._gateway_id, self._limits, self, self.now)
-                self.connections[address] = connection
-                connection.start()
-        self._index()
+                self.connections[address] = self._revived(address) or self._connect(address)
+        self.changed()
+
+    def _connect(self, address: str) -> NodeConnection:
+        connection = NodeConnection(address, self._gateway_id, self._limits, self, self.now)
+        connection.start()
+        return connection
+
+    def _revived(self, address: str) -> NodeConnection | None:
+        """One that was retired and has not ended: a second stream would end what runs on it."""
+        for connection in self._retired:
+            if connection.address == address and connection.revive():
+                self._retired.remove(connection)
+                return connection
+        return None
 
     async def stop(self) -> None:
         self._closed = True
@@ -75,7 +94,7 @@ class Fleet:
     def place(self, task: PlacementTask) -> Placement | None:
         # The hosts of inputs count too, whatever models they have.
         nodes = self.states() if task.inputs else self.states_with(task.model)
-        return place(task, nodes, self.profiles, self.now())
+        return place(task, nodes, self.profiles, self.now(), self._draw)
 
     def observe_transfer(
         self, to: NodeConnection, nbytes: Mapping[str, int], seconds: float
@@ -96,8 +115,12 @@ class Fleet:
 
     def holds(self, address: str, incarnation: str) -> bool:
         """Whether the process that made a tensor is still there."""
-        connection = self.connections.get(address)
-        return connection is not None and connection.incarnation == incarnation
+        return any(
+            connection is not None
+            and connection.address == address
+            and connection.incarnation == incarnation
+            for connection in (self.connections.get(address), *self._retired)
+        )
 
     def missing(self, models: Iterable[str]) -> tuple[str, ...]:
         """Those of `models` that no node can run now."""

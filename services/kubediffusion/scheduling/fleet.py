@@ -34,6 +34,8 @@ class NodeState:
     full_until: float = 0.0
     # When a task was last placed here: a serial number, so that equal nodes take turns.
     last_placed: int = 0
+    # Gateways with a stream to it, ourselves included.
+    gateways: int = 1
 
     def takes_work(self, now: float) -> bool:
         return not self.draining and self.full_until <= now
