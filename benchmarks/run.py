@@ -24,7 +24,8 @@ SUITES = {
     "tensors": "benchmarks.tensors:run",
     "overhead": "benchmarks.overhead:run",
     "latency": "benchmarks.side_by_side:run_latency",
-    "side-by-side": "benchmarks.side_by_side:run_side_by_side",
+    "fastapi": "benchmarks.side_by_side:run_fastapi",
+    "ray-serve": "benchmarks.side_by_side:run_ray",
 }
 
 

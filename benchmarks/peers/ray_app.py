@@ -16,6 +16,9 @@ from ray import serve
 
 ONE_THREAD = {"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}}
 OPTIONS: dict[str, Any] = {"num_cpus": 0.1, "runtime_env": ONE_THREAD}
+# Serve runs a synchronous method in a thread of its own for each request, and a diffusers pipeline
+# must not be called from two threads: the others wait in Serve's router.
+STAGE: dict[str, Any] = {"ray_actor_options": OPTIONS, "max_ongoing_requests": 1}
 
 
 def _pipeline(path: str, keep: set[str]) -> Any:
@@ -27,7 +30,7 @@ def _pipeline(path: str, keep: set[str]) -> Any:
     return pipe
 
 
-@serve.deployment(ray_actor_options=OPTIONS, max_ongoing_requests=64)
+@serve.deployment(**STAGE)
 class TextEncoder:
     def __init__(self, path: str) -> None:
         self.pipe = _pipeline(path, {"text_encoder", "text_encoder_2", "text_encoder_3"})
@@ -45,7 +48,7 @@ class TextEncoder:
             )
 
 
-@serve.deployment(ray_actor_options=OPTIONS, max_ongoing_requests=64)
+@serve.deployment(**STAGE)
 class Denoiser:
     def __init__(self, path: str) -> None:
         from diffusers import AutoencoderKL
@@ -73,7 +76,7 @@ class Denoiser:
         ).images
 
 
-@serve.deployment(ray_actor_options=OPTIONS, max_ongoing_requests=64)
+@serve.deployment(**STAGE)
 class Decoder:
     def __init__(self, path: str) -> None:
         self.pipe = _pipeline(path, {"vae"})
