@@ -92,6 +92,11 @@ class Api:
             ) from None
         return cls(ApiClient(configuration), namespace)
 
+    @property
+    def configuration(self) -> Configuration:
+        """Where the server is and who we are, for other libraries."""
+        return self._client.configuration
+
     async def __aenter__(self) -> Self:
         return self
 
