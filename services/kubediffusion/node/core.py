@@ -193,12 +193,7 @@ class Node:
         try:
             await self._inputs.gather(task)
         except TensorLost as error:
-            if task.ended:
-                return
-            self._ended(task, "failed")
-            event = _failed(task.key, node_pb2.FAILURE_REASON_INPUT_LOST, error)
-            event.failed.lost_tensors.extend(error.tensor_ids)
-            task.session.outbox.send(event)
+            self.failed(task, error, node_pb2.FAILURE_REASON_INPUT_LOST)
         except Exception as error:
             known, reason = failure_of(error)
             if reason == node_pb2.FAILURE_REASON_INTERNAL:
@@ -350,4 +345,6 @@ def _failed(
     key: node_pb2.TaskKey, reason: node_pb2.FailureReason, error: KubeDiffusionError
 ) -> node_pb2.WorkEvent:
     failed = node_pb2.Failed(key=key, reason=reason, message=error.message, field=error.field)
+    if isinstance(error, TensorLost):
+        failed.lost_tensors.extend(error.tensor_ids)
     return node_pb2.WorkEvent(failed=failed)

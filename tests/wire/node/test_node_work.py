@@ -178,6 +178,9 @@ async def test_a_lost_input_fails_the_task_and_names_the_tensor(rig: Rig) -> Non
     failed = await gateway.event("failed", "r1")
     assert failed.reason == node_pb2.FAILURE_REASON_INPUT_LOST
     assert list(failed.lost_tensors) == [ref.id]
+    labels = {"model": "enc", "stage": "encode", "reason": "INPUT_LOST"}
+    name = "kubediffusion_node_failures_total"
+    assert rig.server.registry.get_sample_value(name, labels) == 1
 
 
 async def test_ten_requests_at_one_slot_are_nine_waiting_and_one_running(rig: Rig) -> None:
