@@ -15,7 +15,7 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,11 +99,14 @@ class ControlPlane:
         controllers: Iterable[str] = CONTROLLERS,
         network: Network | None = None,
         tokens: Sequence[tuple[str, str]] = (),
+        tiers: Sequence[str] = ("control-plane",),
     ) -> None:
-        """`tokens`: (user, group) beside ``admin`` of ``system:masters``; group may be empty."""
+        """`tokens`: (user, group) beside ``admin`` of ``system:masters``; group may be empty.
+        `tiers`: what `programs` builds; ``helm`` too, say.
+        """
         self.folder, self.network = folder, network or Network()
         self.pki = folder / "pki"
-        self.path = programs("control-plane")
+        self.path = programs(*tiers)
         self._controllers = tuple(controllers)
         users = [("admin", "system:masters"), *tokens]
         self.tokens = {user: secrets.token_hex(16) for user, _ in users}
@@ -119,8 +122,7 @@ class ControlPlane:
 
         The garbage collector looks for new kinds twice a minute only, so they come before it.
         """
-        self._write_files()
-        self.processes = Processes(self.folder / "log")
+        self.prepare()
         self._start_etcd()
         self.start_apiserver()
         if crds is not None:
@@ -130,6 +132,12 @@ class ControlPlane:
         if self._controllers:
             self.start_controllers()
 
+    def prepare(self) -> None:
+        """Write certificates and tokens, so that others may begin too; `start` does it itself."""
+        if self.processes is None:
+            self._write_files()
+            self.processes = Processes(self.folder / "log")
+
     def stop(self) -> None:
         """Kill all: what they keep is thrown away, and a graceful end takes 8 s."""
         if self.processes is not None:
@@ -138,39 +146,51 @@ class ControlPlane:
 
     def start_apiserver(self, timeout: float = 60.0) -> None:
         """Start it (again) at the same address, and wait until it is ready."""
-        self._start("kube-apiserver", self._apiserver_flags())
+        self.run("kube-apiserver", self._apiserver_flags())
         self.wait_ready(timeout)
 
     def stop_apiserver(self) -> None:
         """Kill it at once. etcd keeps what it wrote; controllers and watchers are cut off."""
-        self._running.kill("kube-apiserver")
+        self.running.kill("kube-apiserver")
 
     def start_controllers(self) -> None:
         """Start the controller manager, and wait until it has made a ServiceAccount."""
-        self._start("kube-controller-manager", self._controller_flags())
+        self.run("kube-controller-manager", self._controller_flags())
         kube = self.kube()
         kube.wait_for("ServiceAccount", "default", namespace="default", timeout=60.0)
         kube.close()
 
     def stop_controllers(self) -> None:
-        self._running.kill("kube-controller-manager")
+        self.running.kill("kube-controller-manager")
+
+    def run(self, name: str, flags: Mapping[str, Any]) -> None:
+        """Start one of Kubernetes' programs, which ends with this control plane."""
+        words = [f"--{flag}={value}" for flag, value in flags.items()]
+        self.running.start(name, [self.program(name), *words])
 
     def wait_ready(self, timeout: float = 60.0) -> None:
         end = time.monotonic() + timeout
         with httpx.Client(verify=False, trust_env=False) as http:
             while True:
-                self._running.check()
+                self.running.check()
                 try:
                     if http.get(f"{self.url}/readyz").is_success:
                         return
                 except httpx.TransportError:
                     pass
                 if time.monotonic() > end:
-                    tail = self._running.tail("kube-apiserver")
+                    tail = self.running.tail("kube-apiserver")
                     raise TimeoutError(f"no API server after {timeout:g} s:\n{tail}")
                 time.sleep(0.05)
 
     # Use
+
+    @property
+    def running(self) -> Processes:
+        """Its processes; raises where it was not started."""
+        if self.processes is None:
+            raise RuntimeError("the control plane was not started")
+        return self.processes
 
     @property
     def url(self) -> str:
@@ -262,16 +282,6 @@ class ControlPlane:
 
     # How
 
-    @property
-    def _running(self) -> Processes:
-        if self.processes is None:
-            raise RuntimeError("the control plane was not started")
-        return self.processes
-
-    def _start(self, name: str, flags: dict[str, Any]) -> None:
-        words = [f"--{flag}={value}" for flag, value in flags.items()]
-        self._running.start(name, [self.program(name), *words])
-
     def _write_files(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         authority(self.pki)
@@ -297,7 +307,7 @@ class ControlPlane:
             "initial-advertise-peer-urls": peers,
             "initial-cluster": f"default={peers}",
         }
-        self._start("etcd", flags)
+        self.run("etcd", flags)
 
     def _apiserver_flags(self) -> dict[str, Any]:
         pki, alone = self.pki, self.network.address == "127.0.0.1"

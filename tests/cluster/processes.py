@@ -27,6 +27,11 @@ class Processes:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._guard = subprocess.Popen(["sh", "-c", _GUARD], stdin=subprocess.PIPE, process_group=0)
 
+    @property
+    def group(self) -> int:
+        """The process group; what joins it ends with it."""
+        return self._guard.pid
+
     def start(
         self, name: str, command: Sequence[str | Path], environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
@@ -38,7 +43,7 @@ class Processes:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **(environment or {})},
-                process_group=self._guard.pid,
+                process_group=self.group,
             )
         self._running[name] = process
         return process
