@@ -121,7 +121,7 @@ class Residency:
     async def _send(self, pod: _Pod) -> None:
         write = pod.wanted
         async with self._slots:
-            report = await self._call(write)
+            report = await self._call(write, pod.report)
         pod.task = None
         if report.error:
             pod.failures += 1
@@ -139,7 +139,7 @@ class Residency:
         elif known != report:
             self._on_report(pod.namespace)
 
-    async def _call(self, write: ResidencyWrite) -> ResidencyReport:
+    async def _call(self, write: ResidencyWrite, known: ResidencyReport | None) -> ResidencyReport:
         try:
             request = json_format.ParseDict(dict(write.content), node_pb2.SetResidencyRequest())
         except json_format.ParseError as error:
@@ -148,30 +148,39 @@ class Residency:
         stub = node_pb2_grpc.ModelNodeStub(channel)
         try:
             answer = await stub.SetResidency(request, timeout=CALL_SECONDS)
-            return _report(write.restarts, answer)
+            if known is not None and known.memory_limit:
+                return _report(write.restarts, answer, known.memory_limit)
+            node = await stub.Describe(node_pb2.DescribeRequest(), timeout=CALL_SECONDS)
+            return _report(write.restarts, answer, node.memory_limit)
         except grpc.aio.AioRpcError as error:
             text = error.details() or error.code().name
             log.debug("pod %s: SetResidency: %s", write.pod, text)
-            return ResidencyReport(write.restarts, await self._generation(stub, error), error=text)
+            generation = await _generation_of(stub) if _refused(error) else 0
+            return ResidencyReport(write.restarts, generation, error=text)
         finally:
             await channel.close()
 
-    @staticmethod
-    async def _generation(stub: node_pb2_grpc.ModelNodeStub, error: grpc.aio.AioRpcError) -> int:
-        """The node's own, where it refused ours for being older; else 0."""
-        if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
-            return 0
-        try:
-            described = await stub.Describe(node_pb2.DescribeRequest(), timeout=CALL_SECONDS)
-        except grpc.aio.AioRpcError:
-            return 0
-        return described.residency_generation
+
+def _refused(error: grpc.aio.AioRpcError) -> bool:
+    """The node has a newer plan."""
+    return error.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
-def _report(restarts: int, answer: node_pb2.SetResidencyResponse) -> ResidencyReport:
+async def _generation_of(stub: node_pb2_grpc.ModelNodeStub) -> int:
+    try:
+        node = await stub.Describe(node_pb2.DescribeRequest(), timeout=CALL_SECONDS)
+    except grpc.aio.AioRpcError:
+        return 0
+    return node.residency_generation
+
+
+def _report(
+    restarts: int, answer: node_pb2.SetResidencyResponse, memory_limit: int
+) -> ResidencyReport:
     return ResidencyReport(
         restarts=restarts,
         generation=answer.generation,
+        memory_limit=memory_limit,
         models=tuple(
             ModelReport(
                 identity=model.identity,
