@@ -42,6 +42,10 @@ class NodeConfig:
     residency: Path | None = None
     # Exit when the process that started this one is gone.
     exit_with_parent: bool = False
+    # Exit once every planned model has failed for good: whoever started this one tries again later.
+    exit_on_failure: bool = False
+    # Why a failing node ended goes there, if the file is there: Kubernetes shows it with the pod.
+    termination_log: Path = Path("/dev/termination-log")
     # Tasks that may be here at once; more are declined.
     max_tasks: int = 256
     # Leases that may share a forward in ``numerics: fast``.

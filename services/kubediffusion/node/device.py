@@ -18,6 +18,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from queue import Empty, SimpleQueue
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
@@ -25,7 +26,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from kubediffusion.errors import Cancelled, Internal, InvalidInput, KubeDiffusionError
-from kubediffusion.models.base import PortValue
+from kubediffusion.models.base import CheckpointState, PortValue
 from kubediffusion.node import ports
 from kubediffusion.node.failures import FailureReason, failure_of, is_poisoned
 from kubediffusion.node.tasks import Stop, Task
@@ -84,6 +85,11 @@ class Device:
         self._loop = asyncio.get_running_loop()
         self._listener = listener
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs, as it does from `start` to `close` unless something broke."""
+        return self._thread.is_alive() and not self._closing
 
     def submit(self, task: Task) -> None:
         self._inbox.put(lambda: self._take(task))
@@ -272,18 +278,15 @@ class Device:
             if task.sequence in self._ready:
                 self._after_step(task, stepped=task in stepping)
 
-    def _begin(self, task: Task) -> bool:
-        """Makes the lease's state; its first step follows at once."""
+    def _begin(self, task: Task, resume: CheckpointState | None = None) -> bool:
+        """Makes the lease's state, from `resume` or as assigned; a step follows at once."""
         begin = perf_counter()
         try:
             denoiser = task.resident.denoiser
             assert denoiser is not None, "admission saw to it"
             lease = task.assign.lease
-            resume = (
-                ports.decode_checkpoint(lease.resume, task.fetched)
-                if lease.HasField("resume")
-                else None
-            )
+            if resume is None and lease.HasField("resume"):
+                resume = ports.decode_checkpoint(lease.resume, task.fetched)
             task.denoising = denoiser.start(
                 self._inputs(task),
                 task.loras,
@@ -308,21 +311,43 @@ class Device:
         return task.denoising is not None and task.denoising.step >= task.denoising.total_steps
 
     def _advance(self, tasks: Sequence[Task]) -> None:
+        """One step of each. Those of a batch that fails are tried again one by one."""
         begin = perf_counter()
         denoiser = tasks[0].resident.denoiser
         assert denoiser is not None, "it began these leases"
+        denoisings = [task.denoising for task in tasks if task.denoising is not None]
+        before: list[CheckpointState] = []
         try:
-            denoiser.advance([task.denoising for task in tasks if task.denoising is not None])
+            if len(denoisings) > 1:
+                before = [denoising.checkpoint() for denoising in denoisings]
+            denoiser.advance(denoisings)
         except Exception as error:
-            # Which of a batch is to blame cannot be told, and all states may be half a step on.
+            if len(tasks) == 1 or is_poisoned(error):
+                for task in tasks:
+                    self._fail(task, error)
+                return
+            log.warning("%d leases failed together, each goes alone", len(tasks), exc_info=error)
+        else:
+            seconds = perf_counter() - begin
             for task in tasks:
-                self._fail(task, error)
+                task.run_seconds += seconds
+                task.steps_run += 1
+            self._charge(tasks, seconds)
             return
-        seconds = perf_counter() - begin
-        for task in tasks:
-            task.run_seconds += seconds
-            task.steps_run += 1
-        self._charge(tasks, seconds)
+        # After the handler: the error held on to what the forward had allocated.
+        self._advance_alone(tasks, before)
+
+    def _advance_alone(self, tasks: Sequence[Task], before: Sequence[CheckpointState]) -> None:
+        """Which of a batch is to blame cannot be told from its error, and any state may be half a
+        step on: each goes back to where it was, if the forward was tried, and is stepped alone."""
+        _free_memory()
+        for task, state in zip_longest(tasks, before):
+            if state is None or self._begin(task, state):
+                self._advance([task])
+        if all(task.sequence in self._ready for task in tasks):
+            # Nobody is to blame but the batch, such as for its size.
+            for task in tasks:
+                task.batch_key = None
 
     def _after_step(self, task: Task, stepped: bool) -> None:
         denoising, lease = task.denoising, task.assign.lease
@@ -365,8 +390,8 @@ class Device:
         known, reason = failure_of(error)
         if isinstance(known, Internal):
             log.error("task %s failed", "/".join(task.name), exc_info=error)
-        if reason == node_pb2.FAILURE_REASON_OUT_OF_MEMORY and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        if reason == node_pb2.FAILURE_REASON_OUT_OF_MEMORY:
+            _free_memory()
         self._post(self._listener.failed, task, known, reason)
         if is_poisoned(error):
             self._closing = True
@@ -393,3 +418,9 @@ class Device:
         finally:
             if self._posts:  # a listener raised: the rest still goes
                 self._loop.call_soon(self._deliver)
+
+
+def _free_memory() -> None:
+    """What failed work left in the allocator's cache."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -24,6 +24,10 @@ from kubediffusion.telemetry.logging import configure
 
 # A poisoned device: sysexits' EX_SOFTWARE, so that a supervisor can tell it from a bad flag.
 EXIT_POISONED = 70
+# Every planned model failed for good (`NodeConfig.exit_on_failure`).
+EXIT_FAILED = 3
+# What Kubernetes keeps of a termination log, in bytes.
+LAST_WORDS = 4096
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +43,21 @@ def run_process(config: NodeConfig, library: Library | None = None) -> None:
         code = asyncio.run(_serve(config, library or default_library()))
     except KubeDiffusionError as error:
         log.error("node %s cannot start: %s", config.node_id, error)
+        last_words(config, f"{error.reason}: {error}")
         code = 1
     if code:
         sys.exit(code)
+
+
+def last_words(config: NodeConfig, text: str) -> None:
+    """Into the termination log: cut where a character ends, and never a reason to fail."""
+    path = config.termination_log
+    if not (config.exit_on_failure or path.exists()):
+        return
+    try:
+        path.write_bytes(text.encode()[:LAST_WORDS].decode(errors="ignore").encode())
+    except OSError as error:
+        log.warning("cannot write the termination log %s: %s", path, error.strerror)
 
 
 def default_library() -> Library:
@@ -56,8 +72,6 @@ async def _serve(config: NodeConfig, library: Library) -> int:
         try:
             await server.start()
             await server.drain_asked.wait()
-            if server.poisoned:
-                return EXIT_POISONED
             drain = asyncio.ensure_future(server.drain())
             hurry = asyncio.ensure_future(at_once.wait())
             await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
@@ -65,10 +79,18 @@ async def _serve(config: NodeConfig, library: Library) -> int:
                 task.cancel()
             await asyncio.gather(drain, hurry, return_exceptions=True)
         finally:
-            await server.stop(0.0 if at_once.is_set() or server.poisoned else 1.0)
+            await server.stop(0.0 if at_once.is_set() or server.broken.is_set() else 1.0)
+    return _exit_code(server, config, hurried=at_once.is_set())
+
+
+def _exit_code(server: NodeServer, config: NodeConfig, hurried: bool) -> int:
     if server.poisoned:
+        last_words(config, f"DeviceFailed: {server.poisoned}")
         return EXIT_POISONED
-    return 1 if at_once.is_set() else 0
+    if server.failure:
+        last_words(config, server.failure)
+        return EXIT_FAILED
+    return 1 if hurried else 0
 
 
 @contextlib.contextmanager

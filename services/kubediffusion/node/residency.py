@@ -152,9 +152,37 @@ class Residency:
 
     @property
     def settled(self) -> bool:
-        """Every planned model is there, or has failed, and there is one to serve."""
-        states = [self._residents[i].status.state for i in self._planned if i in self._residents]
+        """Every planned model is there, or has failed, and there is one to serve; or the planner
+        wants none here, as of a spare node of a pool."""
+        states = self._states()
+        if not states:
+            return bool(self._planner)
         return READY in states and all(state in (READY, FAILED) for state in states)
+
+    @property
+    def hopeless(self) -> str:
+        """Why there is nothing to serve and never will be, a line for each model; else empty.
+
+        A model whose source may yet answer is no failure as long as it is tried again.
+        """
+        states = self._states()
+        if not states or any(state != FAILED for state in states):
+            return ""
+        failed = [self._residents[identity].status for identity in self._planned]
+        return "\n".join(f"{status.reason}: {status.message}" for status in failed)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a model is being loaded or unloaded: the device does that between two steps."""
+        states = {resident.status.state for resident in self._residents.values()}
+        return LOADING in states or EVICTING in states
+
+    def _states(self) -> list[node_pb2.ModelState]:
+        """Of the planned models."""
+        return [
+            self._residents[identity].status.state if identity in self._residents else PENDING
+            for identity in self._planned
+        ]
 
     @property
     def memory_used(self) -> int:
@@ -226,10 +254,6 @@ class Residency:
             return
         resident.hold(model)
         status = resident.status
-        status.nbytes = model.nbytes
-        for name, fact in model.facts.items():
-            status.facts[name].CopyFrom(tensors.encode_value(fact))
-        status.stages.extend(model.stages)
         self._metrics.known(resident.identity, model.stages)
         self._metrics.model_load_seconds.labels(resident.identity).observe(status.load_seconds)
         self._metrics.model_resident_bytes.labels(resident.identity).set(model.nbytes)
@@ -268,7 +292,8 @@ class Residency:
         status.load_seconds = perf_counter() - begin
         try:
             self._check_fits(model.nbytes)
-        except DoesNotFitError:
+            _describe(model, status)
+        except Exception:
             await self._device.call(model.unload)
             raise
         return model
@@ -322,3 +347,13 @@ class Residency:
         gc.freeze()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+def _describe(model: Model, status: node_pb2.ModelStatus) -> None:
+    """Raises where the model says something of itself that cannot be told."""
+    facts = {name: tensors.encode_value(fact) for name, fact in model.facts.items()}
+    stages = list(model.stages)
+    status.nbytes = model.nbytes
+    for name, value in facts.items():
+        status.facts[name].CopyFrom(value)
+    status.stages[:] = stages

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ from kubediffusion.node.device import Device
 from kubediffusion.node.fingerprint import fingerprint
 from kubediffusion.node.inputs import Inputs
 from kubediffusion.node.library import Library
+from kubediffusion.node.pulse import Pulse
 from kubediffusion.node.residency import Residency
 from kubediffusion.node.service import Service
 from kubediffusion.node.session import PROTOCOL
@@ -38,6 +38,9 @@ from kubediffusion.tensors import Fetcher, TensorStore
 from kubediffusion.v1alpha1 import node_pb2, node_pb2_grpc
 
 SERVICE = node_pb2.DESCRIPTOR.services_by_name["ModelNode"].full_name
+# Health under this name is for a liveness probe: see `pulse`. Under "" and the service's own name
+# it is readiness: every planned model is there or has failed, and the node takes tasks.
+LIVENESS = "liveness"
 TICK_SECONDS = 1.0
 # Once drained, gateways get so long to end the calls they have open.
 GRACE_SECONDS = 1.0
@@ -58,9 +61,13 @@ class NodeServer:
         self.config = config
         self.address = ""
         self.registry = CollectorRegistry()
-        # Why the node has to end: set by a Drain message, or a device that is past help.
+        # The node has to end: asked by a Drain message, or because of one of the two below.
         self.drain_asked = asyncio.Event()
+        # The device is past help, or none of the planned models ever will serve: why. No drain
+        # helps then, so `broken` cuts short one that is under way.
         self.poisoned = ""
+        self.failure = ""
+        self.broken = asyncio.Event()
         self._now = now
         metrics = NodeMetrics(self.registry)
         threads = thread_count(config)
@@ -99,6 +106,8 @@ class NodeServer:
         self._metrics_server: MetricsServer | None = None
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._background: set[asyncio.Task[None]] = set()
+        self._pulse = Pulse(now)
+        self._ailing = False
         self._serving: bool | None = None
         self._stopped = False
         self._grpc: grpc.aio.Server | None = None
@@ -123,6 +132,7 @@ class NodeServer:
             )
         await self._set_health(False)
         self.device.start(self.node)
+        await self._set_liveness()
         self.residency.start()
         if config.residency is not None:
             plan = read_plan(config.residency)
@@ -141,15 +151,30 @@ class NodeServer:
         return f"{self.config.metrics_host}:{self._metrics_server.port}"
 
     async def drain(self) -> None:
-        """Gives every task back or ends it; serves tensors until released, or time is up."""
-        deadline = asyncio.get_running_loop().time() + self.config.drain_seconds
+        """Gives every task back or ends it; serves tensors until released, or time is up.
+
+        Ends at once where the device breaks: what is on it will never be given back.
+        """
         self.node.draining = True
         await self._set_health(False)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(deadline):
-                await self.node.drain()
-                await self.node.released()
-        log.info("node %s is drained", self.config.node_id)
+        work = asyncio.ensure_future(self._give_back())
+        broken = asyncio.ensure_future(self.broken.wait())
+        try:
+            await asyncio.wait(
+                {work, broken},
+                timeout=self.config.drain_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            for each in (work, broken):
+                each.cancel()
+            await asyncio.gather(work, broken, return_exceptions=True)
+        if not self.broken.is_set():
+            log.info("node %s is drained", self.config.node_id)
+
+    async def _give_back(self) -> None:
+        await self.node.drain()
+        await self.node.released()
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
         """Ends every call, frees everything. Safe to call again."""
@@ -194,6 +219,9 @@ class NodeServer:
         if self._grpc is None or self._stopped:
             return
         self.node.reporter.now()
+        if self.config.exit_on_failure and (why := self.residency.hopeless):
+            self.failure = why
+            self._break()
         serving = self.residency.settled and not self.node.draining
         if serving != self._serving:
             self._serving = serving
@@ -206,10 +234,25 @@ class NodeServer:
         for name in ("", SERVICE):
             await self._health.set(name, status)
 
+    async def _set_liveness(self) -> None:
+        """That we answer at all says that the loop turns; what we say is about the device."""
+        trouble = self._pulse.trouble(
+            self.device.running,
+            alive=self.device.alive,
+            poisoned=self.poisoned,
+            busy=self.residency.busy,
+        )
+        kind = health_pb2.HealthCheckResponse
+        if trouble and not self._ailing:
+            log.critical("the node cannot go on: %s", trouble)
+        self._ailing = bool(trouble)
+        await self._health.set(LIVENESS, kind.NOT_SERVING if trouble else kind.SERVING)
+
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self.node.tick()
+            await self._set_liveness()
 
     def _spawn(self, work: object) -> None:
         task = asyncio.ensure_future(work)  # type: ignore[arg-type]
@@ -219,6 +262,11 @@ class NodeServer:
     def _poison(self, message: str) -> None:
         log.critical("the device is past help, the node ends: %s", message)
         self.poisoned = message or "the device failed"
+        self._spawn(self._set_liveness())
+        self._break()
+
+    def _break(self) -> None:
+        self.broken.set()
         self.drain_asked.set()
 
 
