@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kubediffusion.errors import KubeDiffusionError
 from kubediffusion.gateway.connections import NodeConnection
-from kubediffusion.gateway.plan import PlannedTask
+from kubediffusion.gateway.plan import HELPER_STAGE, PlannedTask
 from kubediffusion.scheduling.placement import Placement
 from kubediffusion.v1alpha1 import gateway_pb2, node_pb2, tensor_pb2
 
@@ -44,6 +44,13 @@ class TaskStatus(Enum):
     DONE = auto()
 
 
+_STATES = {
+    TaskStatus.HELD: "held",
+    TaskStatus.ASSIGNED: "running",
+    TaskStatus.BACKOFF: "queued",
+}
+
+
 @dataclass(slots=True, eq=False)
 class TaskRun:
     planned: PlannedTask
@@ -59,6 +66,23 @@ class TaskRun:
     # The process that keeps outputs which are not inline.
     kept_by: tuple[str, str] | None = None
     time: gateway_pb2.StageTime | None = None
+
+    def states(self, missing: Set[str]) -> Iterator[tuple[str, str, str]]:
+        """(model, stage, state) of what is still to do here: held, queued or running.
+
+        A request waits for each model without a node, also for those that it will need later. A
+        ControlNet counts as the denoiser that it helps, and as held while it has no node itself.
+        """
+        planned, state = self.planned, _STATES.get(self.status)
+        if state is None and self.status is not TaskStatus.WAITING:
+            return
+        if state is not None or planned.model in missing:
+            yield planned.model, planned.stage, state or "held"
+        for _, helper in planned.helpers:
+            if helper in missing:
+                yield helper, HELPER_STAGE, "held"
+            elif state is not None and state != "held":
+                yield helper, HELPER_STAGE, state
 
 
 class Attempt:

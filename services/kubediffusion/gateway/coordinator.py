@@ -51,19 +51,9 @@ class ImageRun:
         """(model, stage, state) of each task that is not done: held, queued or running."""
         if self.closed:
             return []
-        states = {
-            TaskStatus.HELD: "held",
-            TaskStatus.ASSIGNED: "running",
-            TaskStatus.BACKOFF: "queued",
-        }
-        missing = set(self._fleet.missing([task.planned.model for task in self.tasks.values()]))
-        return [
-            (task.planned.model, task.planned.stage, states.get(task.status, "held"))
-            for task in self.tasks.values()
-            # A request waits for each model without a node, also for those it will need later.
-            if task.status in states
-            or (task.status is TaskStatus.WAITING and task.planned.model in missing)
-        ]
+        models = [model for task in self.tasks.values() for model in task.planned.models]
+        missing = set(self._fleet.missing(models))
+        return [state for task in self.tasks.values() for state in task.states(missing)]
 
     @property
     def is_held(self) -> bool:

@@ -28,7 +28,7 @@ from kubediffusion.gateway.delivery import Delivery
 from kubediffusion.gateway.flights import Events, Flight, Subscriber
 from kubediffusion.gateway.hooks import load_hooks
 from kubediffusion.gateway.jobs import Jobs
-from kubediffusion.gateway.measures import Measures
+from kubediffusion.gateway.measures import Measures, stages_of
 from kubediffusion.gateway.nodes import Facts, Fleet
 from kubediffusion.gateway.plan import PlannedTask
 from kubediffusion.gateway.results import Results
@@ -266,9 +266,9 @@ class Gateway:
         roles, models = planning.roles_needed(order), order.workflow.models
         missing = set(self.fleet.missing(models[role].identity for role in roles))
         stages = {
-            (models[node.role].identity, node.stage)
-            for node in order.workflow.graph.nodes
-            if node.role in roles
+            (models[role].identity, stage)
+            for role, stage in stages_of(order.workflow)
+            if role in roles
         }
         return sorted(stage for stage in stages if stage[0] in missing)
 

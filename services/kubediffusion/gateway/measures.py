@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 
 from kubediffusion.errors import KubeDiffusionError, Overloaded
+from kubediffusion.gateway.plan import HELPER_STAGE
 from kubediffusion.telemetry.metrics import GATEWAY_STATES, Children, GatewayMetrics
 from kubediffusion.v1alpha1 import gateway_pb2
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kubediffusion.gateway.core import Gateway
     from kubediffusion.gateway.flights import Flight
     from kubediffusion.gateway.plan import PlannedTask
+    from kubediffusion.workflow import ResolvedWorkflow
 
 PERIOD = 0.5
 
@@ -63,6 +65,8 @@ class Measures:
         for task in tasks:
             seconds = self._gateway.profiles.run_seconds(task.model, task.stage, "", task.units)
             self.metrics.shed_task_seconds.labels(task.model, task.stage).inc(seconds)
+            for _, helper in task.helpers:
+                self.metrics.shed_task_seconds.labels(helper, HELPER_STAGE).inc(seconds)
 
     def retried(self, task: TaskRun, reason: str) -> None:
         """A task is to run again; of a denoiser the steps after its checkpoint run twice."""
@@ -121,14 +125,22 @@ class Measures:
         """Zero is a measurement, of every workflow that is served and each stage of its models."""
         workflows = self._gateway.workflows
         models = {
-            (each.models[node.role].identity, node.stage)
+            (each.models[role].identity, stage)
             for each in workflows.values()
-            for node in each.graph.nodes
+            for role, stage in stages_of(each)
         }
         gone = self._workflows - set(workflows)
         self.metrics.forget(gone, self._models - models)
         self._workflows, self._models = set(workflows), models
         self.metrics.known(workflows, models)
+
+
+def stages_of(workflow: ResolvedWorkflow) -> set[tuple[str, str]]:
+    """(role, stage) of all that the workflow may ask of its models, of those that help a denoiser
+    too, which no node of the graph names."""
+    stages = {(node.role, node.stage) for node in workflow.graph.nodes}
+    helpers = (r for r, model in workflow.models.items() if model.component == "controlnet")
+    return stages | {(role, HELPER_STAGE) for role in helpers}
 
 
 def _outcome(error: KubeDiffusionError) -> str:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from kubediffusion.v1alpha1 import node_pb2
 
+# A ControlNet has no task of its own: it is busy as long as the lease that it helps.
+HELPER_STAGE = "control"
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedTask:

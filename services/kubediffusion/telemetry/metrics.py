@@ -215,6 +215,7 @@ class GatewayMetrics:
             for state in GATEWAY_STATES:
                 self.requests_now.labels(workflow, state)
         for model, stage in models:
+            self.shed_task_seconds.labels(model, stage)
             for state in GATEWAY_STATES:
                 self.model_tasks.labels(model, stage, state)
 

@@ -79,6 +79,8 @@ def test_a_forgotten_model_leaves_no_gauge_and_keeps_its_counters() -> None:
     assert {line.split("{")[0] for line in left} == {
         "kubediffusion_node_denoise_steps_total",
         "kubediffusion_node_denoise_steps_created",
+        "kubediffusion_gateway_shed_task_seconds_total",
+        "kubediffusion_gateway_shed_task_seconds_created",
     }
 
 
