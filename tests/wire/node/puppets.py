@@ -44,6 +44,8 @@ class Strings:
     ran: list[str] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     fail: Callable[[str], None] = lambda what: None
+    # Called before each lease's part of a step, with its label and the batch's size.
+    fail_within: Callable[[str, int], None] = lambda label, batch: None
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def hold(self) -> None:
@@ -152,6 +154,7 @@ class PuppetDenoiser(PuppetModel):
         self.strings.batches.append(len(batch))
         self.strings.pull("+".join(d.label for d in batch))
         for denoising in batch:
+            self.strings.fail_within(denoising.label, len(batch))
             denoising.advance()
 
 
