@@ -25,7 +25,9 @@ from kubediffusion.api.workflow import DiffusionWorkflow
 GROUP = "kubediffusion.io"
 VERSION = "v1alpha1"
 PRESERVE = "x-kubernetes-preserve-unknown-fields"
-HEADER = "# Generated from services/kubediffusion/api by `make generate`; do not edit.\n"
+# `helm show crds` joins the files as they are: without a line between two of them `kubectl apply`
+# would take the last one alone, and say nothing.
+HEADER = "---\n# Generated from services/kubediffusion/api by `make generate`; do not edit.\n"
 
 Schema: TypeAlias = "dict[str, Any]"
 
