@@ -99,14 +99,37 @@ def machine() -> str:
                 break
     except OSError:
         pass
-    return f"{model}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
+    return f"{model}, {os.cpu_count()} CPUs, Python {platform.python_version()}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
+def write_csv(rows: Sequence[Row], path: Path, run: str) -> None:
+    """`run` says when, on which commit, and where: a suite may be run alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as f:
-        names = [*Row.__dataclass_fields__, "ratio"]
+        names = [*Row.__dataclass_fields__, "ratio", "run"]
         writer = csv.DictWriter(f, names)
         writer.writeheader()
         for row in rows:
-            writer.writerow({**asdict(row), "ratio": f"{row.ratio:.4f}"})
+            writer.writerow({**asdict(row), "ratio": f"{row.ratio:.4f}", "run": run})
+
+
+def read_csv(path: Path) -> list[Row]:
+    """What `write_csv` wrote; nothing where there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as f:
+        return [_row(fields) for fields in csv.DictReader(f)]
+
+
+def _row(fields: dict[str, str]) -> Row:
+    return Row(
+        fields["suite"],
+        fields["name"],
+        float(fields["ours"]),
+        float(fields["peer"]),
+        fields["unit"],
+        fields["goal"],
+        {"True": True, "False": False}.get(fields["reached"]),
+        int(fields["rounds"]),
+        fields["note"],
+    )

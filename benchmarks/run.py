@@ -13,11 +13,12 @@ import importlib
 import math
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import RESULTS, Row, machine, write_csv
+from benchmarks.common import RESULTS, Row, machine, read_csv, write_csv
 
 SUITES = {
     "exact": "benchmarks.exact:run",
@@ -74,28 +75,32 @@ def plot(rows: Sequence[Row], title: str) -> None:
     fig.savefig(RESULTS / "bench.png", dpi=130)
 
 
+def _results_of(suite: str) -> Path:
+    return RESULTS / f"{suite}.csv"
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10, help="measured pairs of each comparison")
     parser.add_argument("--suite", action="append", choices=[*SUITES], help="only these suites")
     args = parser.parse_args()
     console = Console()
+    run = f"{datetime.date.today()}  {_commit()}  {machine()}"
     rows: list[Row] = []
     chosen = args.suite or [*SUITES]
     for i, name in enumerate(chosen, 1):
         console.print(f"[bold]({i}/{len(chosen)}) {name}[/]")
         module, function = SUITES[name].split(":")
         new = getattr(importlib.import_module(module), function)(args.rounds)
-        write_csv(new, RESULTS / f"{name}.csv")
+        write_csv(new, _results_of(name), run)
         console.print(table(new))
         rows += new
-    if not args.suite:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        title = f"{datetime.date.today()}  {commit}  {machine()}"
-        (RESULTS / "machine.txt").write_text(title + "\n")
-        plot(rows, title)
+    plot([row for name in SUITES for row in read_csv(_results_of(name))], machine())
     missed = [row.name for row in rows if row.reached is False]
     console.print(f"{len(rows)} comparisons, {len(missed)} goals not reached", *missed, sep="\n  ")
 
