@@ -15,6 +15,7 @@ nodeDefaults:
 {{- with include "kubediffusion.weightsClaim" . }}
 weights:
   claimName: {{ . }}
+  readOnly: {{ $.Values.weights.readOnly }}
 {{- end }}
 {{- with .Values.hfToken }}
 {{- if .secretName }}
