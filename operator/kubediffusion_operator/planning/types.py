@@ -104,6 +104,9 @@ class Observed:
     resolutions: Mapping[tuple[str, int], Resolution | ResolutionError] = field(
         default_factory=dict[tuple[str, int], "Resolution | ResolutionError"]
     )
+    # What the API server refused, by (kind, name) of the object that was applied: its words, for as
+    # long as the same write would be refused again.
+    refused: Mapping[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])
     # By the uid of a pod.
     residency: Mapping[str, ResidencyReport] = field(default_factory=dict[str, ResidencyReport])
 

@@ -122,7 +122,7 @@ class ModelSpec(Resource):
     ] = None
     loras: Annotated[
         tuple[ModelLora, ...],
-        Field(max_length=256, description="What its workflows declare, taken together."),
+        Field(max_length=1024, description="What its workflows declare, taken together."),
     ] = ()
     replicas: Annotated[
         int | None,
@@ -274,8 +274,9 @@ class PoolStatus(Resource):
         int, Field(ge=0, description="Counts the plans; nodes refuse an older one.")
     ] = 0
     plan_hash: Annotated[str, Field(max_length=64, description="Of all that nodes are told.")] = ""
+    plan_time: Annotated[Time, Field(description="Since when this is the plan.")] = ""
     plan: Annotated[
-        tuple[PlannedModel, ...], Field(max_length=256, description="Which model on which nodes.")
+        tuple[PlannedModel, ...], Field(max_length=1024, description="Which model on which nodes.")
     ] = ()
     last_failure: Annotated[
         Failure | None, Field(description="Of its pods; stays when it is over.")

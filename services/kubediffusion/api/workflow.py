@@ -347,6 +347,17 @@ class WorkflowStatus(Resource):
     latest_revision: Annotated[
         str, Field(max_length=253, description="Name of the newest; served when Ready.")
     ] = ""
+    previous_revision: Annotated[
+        str,
+        Field(max_length=253, description="Served before; its models stay until requests end."),
+    ] = ""
+    served_since: Annotated[
+        str,
+        Field(
+            description="When the gateways were told to serve this revision.",
+            json_schema_extra={"format": "date-time"},
+        ),
+    ] = ""
     models: Annotated[
         tuple[WorkflowModelStatus, ...],
         Field(max_length=32, description="The newest revision's models."),

@@ -1,0 +1,128 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The children that models and pools should have, and what their nodes have to be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kubediffusion_operator.planning.cache import PlanCache
+from kubediffusion_operator.planning.children import Nodes, children, downloads
+from kubediffusion_operator.planning.diff import digest
+from kubediffusion_operator.planning.failures import Failure
+from kubediffusion_operator.planning.models import drain_seconds, pool_of
+from kubediffusion_operator.planning.names import (
+    generation_of,
+    model_labels,
+    name_of,
+    pool_child,
+    pool_labels,
+    uid_of,
+)
+from kubediffusion_operator.planning.podtemplate import BadFragmentError
+from kubediffusion_operator.planning.pools import PoolPlan
+from kubediffusion_operator.planning.residency import own_content, report_of, write_to
+from kubediffusion_operator.planning.scene import Scene, is_held
+from kubediffusion_operator.planning.standing import Standing, child
+from kubediffusion_operator.planning.types import Object, ResidencyWrite
+
+
+@dataclass
+class Household:
+    """`kept` are names of children that stay as they are, because what to make of them cannot be
+    said."""
+
+    children: list[Object] = field(default_factory=list[Object])
+    kept: set[str] = field(default_factory=set[str])
+    residency: list[ResidencyWrite] = field(default_factory=list[ResidencyWrite])
+
+
+def household(scene: Scene, cache: PlanCache) -> Household:
+    made = Household()
+    for name, found in scene.standings.items():
+        if name in scene.unwanted or not found.named_right:
+            continue
+        if pool_of(found.model) and not _moves(scene, found):
+            continue
+        if scene.guarded(found.model, lambda f=found: _alone(made, scene, f, cache)) is None:
+            made.kept.add(name)
+    for name, plan in scene.pools.items():
+        if scene.guarded(plan.pool, lambda p=plan: _pool(made, scene, p, cache)) is None:
+            made.kept.add(pool_child(name))
+    return made
+
+
+def _moves(scene: Scene, found: Standing) -> bool:
+    """Into a pool, from nodes of its own: these serve until the pool does."""
+    own = child(found.model, found.name, scene.observed.deployments)
+    return own is not None and not found.ready
+
+
+def _alone(made: Household, scene: Scene, found: Standing, cache: PlanCache) -> bool:
+    observed, model, name = scene.observed, found.model, found.name
+    pods = scene.pods.get(name, ())
+    reports = [r for pod in pods if (r := report_of(pod, observed.residency)) is not None]
+    configmap = child(model, name, observed.configmaps)
+    content = own_content(model, configmap, reports)
+    nodes = Nodes(
+        owner=model,
+        name=name,
+        labels=model_labels(name),
+        replicas=0 if name in scene.retiring else found.replicas.wanted,
+        drain_seconds=drain_seconds(model),
+        recreate=name in scene.shared and scene.shared[name].replace,
+        downloads=downloads(model),
+        content=content,
+    )
+    objects = _children(made, scene, nodes, cache, found)
+    if is_held(scene, name):
+        objects = [each for each in objects if each["kind"] != "Deployment"]
+        found.reason = "WaitingForOldModels"
+        found.message = "the workflow's strategy is Replace: the old models' pods go first"
+    made.children += objects
+    for pod in pods:
+        write = write_to(pod, content, observed.residency)
+        made.residency += [write] if write is not None else []
+    return True
+
+
+def _children(
+    made: Household, scene: Scene, nodes: Nodes, cache: PlanCache, found: Standing | None
+) -> list[Object]:
+    owner = nodes.owner
+    key = (
+        "children",
+        uid_of(owner),
+        generation_of(owner),
+        nodes.replicas,
+        nodes.recreate,
+        digest(nodes.content),
+    )
+    try:
+        return cache.get(key, lambda: children(nodes, scene.observed.config))
+    except BadFragmentError as error:
+        made.kept.add(nodes.name)
+        failure = Failure("InvalidPodTemplate", f"{error}; correct it")
+        if found is not None:
+            found.failure = failure
+            found.settle()
+        else:
+            scene.bad_pools[name_of(owner)] = failure
+        return []
+
+
+def _pool(made: Household, scene: Scene, plan: PoolPlan, cache: PlanCache) -> bool:
+    pool = plan.pool
+    nodes = Nodes(
+        owner=pool,
+        name=pool_child(name_of(pool)),
+        labels=pool_labels(name_of(pool)),
+        replicas=int(pool["spec"].get("replicas", 1)),
+        drain_seconds=drain_seconds(pool),
+        memory_limit=plan.memory_limit,
+    )
+    made.children += _children(made, scene, nodes, cache, None)
+    for name, pod in plan.nodes.items():
+        write = write_to(pod, plan.content(name), scene.observed.residency)
+        made.residency += [write] if write is not None else []
+    return True

@@ -1,0 +1,165 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which models of a pool are on which of its nodes: a bin packing that moves as little as it can.
+
+A model stays where it is while it fits there. Every model gets one copy before any gets a second;
+the one with the most demand chooses first, and takes the node with the most room. Where a first
+copy finds no room, second copies of others go, and if that is not enough, all is packed anew, the
+largest first: only then does a model move.
+
+A size that nobody knows yet counts as nothing: the model goes to the node with the most room, and
+the node finds out. A model that turns out too large is refused by its node, which then knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+# Of models and nodes: their names.
+Plan = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A model. `copies` is its demand, at least 0; `size` is in bytes, 0 where unknown."""
+
+    name: str
+    copies: int
+    size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """`plan` has an entry for each model with a copy; `left` are those that fit nowhere."""
+
+    plan: Plan
+    left: tuple[str, ...] = ()
+
+
+def place(items: Iterable[Item], nodes: Mapping[str, int], now: Plan) -> Placed:
+    """`nodes` maps names to bytes that models may take there, 0 for no limit; `now` is the plan so
+    far, which may name models and nodes that are gone."""
+    by_demand = sorted(
+        (item for item in items if item.copies > 0),
+        key=lambda item: (-item.copies, -item.size, item.name),
+    )
+    board = _Board(dict(nodes))
+    _keep(board, by_demand, now)
+    left = _first_copies(board, by_demand)
+    if left:
+        packed = _Board(dict(nodes))
+        largest = sorted(by_demand, key=lambda item: (-item.size, item.name))
+        if len(_first_copies(packed, largest, now)) < len(left):
+            board = packed
+            left = [item for item in by_demand if not board.nodes_of(item)]
+    _more_copies(board, by_demand, now)
+    return Placed(board.plan(), tuple(sorted(item.name for item in left)))
+
+
+@dataclass
+class _Board:
+    """Models on nodes, while they are being moved about."""
+
+    limits: dict[str, int]
+    on: dict[str, dict[str, Item]] = field(default_factory=dict[str, "dict[str, Item]"])
+
+    def __post_init__(self) -> None:
+        self.on = {node: {} for node in self.limits}
+
+    def plan(self) -> Plan:
+        found: dict[str, list[str]] = {}
+        for node in sorted(self.on):
+            for name in self.on[node]:
+                found.setdefault(name, []).append(node)
+        return {name: tuple(found[name]) for name in sorted(found)}
+
+    def nodes_of(self, item: Item) -> list[str]:
+        return [node for node, items in self.on.items() if item.name in items]
+
+    def room(self, node: str) -> float:
+        limit = self.limits[node]
+        taken = sum(item.size for item in self.on[node].values())
+        return limit - taken if limit else float("inf")
+
+    def put(self, item: Item, node: str) -> None:
+        self.on[node][item.name] = item
+
+    def take(self, item: Item, node: str) -> None:
+        del self.on[node][item.name]
+
+    def roomiest(self, item: Item, prefer: Sequence[str] = ()) -> str | None:
+        """The node for one more copy: a preferred one, else the one with the most room."""
+        fit = [n for n in self.on if item.name not in self.on[n] and self.room(n) >= item.size]
+        return min(
+            fit,
+            key=lambda n: (n not in prefer, -self.room(n), len(self.on[n]), n),
+            default=None,
+        )
+
+    def spare(self, node: str) -> list[Item]:
+        """Copies there that are not their model's only one, the largest first."""
+        items = [item for item in self.on[node].values() if len(self.nodes_of(item)) > 1]
+        return sorted(items, key=lambda item: (-item.size, item.name))
+
+
+def _keep(board: _Board, items: Sequence[Item], now: Plan) -> None:
+    """What is there stays, as far as it is wanted and fits; the last come goes first."""
+    for item in items:
+        for node in now.get(item.name, ()):
+            if node in board.on and board.room(node) >= item.size:
+                board.put(item, node)
+    for item in items:
+        nodes = board.nodes_of(item)
+        # Surplus copies leave the fullest nodes.
+        for node in sorted(nodes, key=lambda n: (board.room(n), n))[: len(nodes) - item.copies]:
+            board.take(item, node)
+
+
+def _first_copies(board: _Board, items: Sequence[Item], now: Plan | None = None) -> list[Item]:
+    """One copy for each that has none. Returns those for which there is no room."""
+    left: list[Item] = []
+    for item in items:
+        if board.nodes_of(item):
+            continue
+        node = board.roomiest(item, (now or {}).get(item.name, ())) or _cleared(board, item)
+        if node is None:
+            left.append(item)
+        else:
+            board.put(item, node)
+    return left
+
+
+def _cleared(board: _Board, item: Item) -> str | None:
+    """A node that has room once copies that others have elsewhere are gone; they are taken."""
+    best: tuple[int, str, list[Item]] | None = None
+    for node in sorted(board.on):
+        gone: list[Item] = []
+        room = board.room(node)
+        for other in board.spare(node):
+            if room >= item.size:
+                break
+            gone.append(other)
+            room += other.size
+        cost = sum(other.size for other in gone)
+        if room >= item.size and (best is None or cost < best[0]):
+            best = (cost, node, gone)
+    if best is None:
+        return None
+    for other in best[2]:
+        board.take(other, best[1])
+    return best[1]
+
+
+def _more_copies(board: _Board, items: Sequence[Item], now: Plan) -> None:
+    """Second copies for all that want one, then third ones, while there is room."""
+    for number in range(2, max((item.copies for item in items), default=0) + 1):
+        placed = False
+        for item in items:
+            if item.copies >= number and len(board.nodes_of(item)) == number - 1:
+                node = board.roomiest(item, now.get(item.name, ()))
+                if node is not None:
+                    board.put(item, node)
+                    placed = True
+        if not placed and all(len(board.nodes_of(item)) < number for item in items):
+            return

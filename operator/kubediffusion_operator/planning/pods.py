@@ -1,0 +1,183 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The pod of a model node, at the restricted level of Pod Security."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kubediffusion_operator.config import OperatorConfig
+from kubediffusion_operator.planning.names import (
+    CONTAINER,
+    GRPC_PORT,
+    METRICS_PORT,
+    selector,
+)
+from kubediffusion_operator.planning.podtemplate import merged
+
+USER = 65532  # "nonroot" of the images
+CACHE = "/cache"
+RESIDENCY = "/etc/kubediffusion/residency.json"
+# After its drain a node closes its streams and exits.
+GRACE_AFTER_DRAIN = 10
+
+
+def pod_template(
+    config: OperatorConfig,
+    labels: Mapping[str, str],
+    *,
+    spec: Mapping[str, Any],
+    drain_seconds: int,
+    configmap: str = "",
+    memory_limit: int = 0,
+) -> dict[str, Any]:
+    """Ours, under the configuration's node defaults, under the object's own podTemplate.
+
+    `spec` is a ModelSpec or a PoolSpec. With `configmap` the node begins with the plan in it, and
+    exits when all of that failed for good; without, it is ready and waits for one. `memory_limit`
+    is in bytes. Raises BadFragmentError.
+    """
+    alone = bool(configmap)
+    volumes: list[dict[str, Any]] = [
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "cache"} | _weights(config),
+    ]
+    if alone:
+        volumes.append({"name": "residency", "configMap": {"name": configmap}})
+    template: dict[str, Any] = {
+        "metadata": {"labels": dict(labels)},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "terminationGracePeriodSeconds": drain_seconds + GRACE_AFTER_DRAIN,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": USER,
+                "runAsGroup": USER,
+                "fsGroup": USER,
+                # A shared volume full of weights is not walked through at each start.
+                "fsGroupChangePolicy": "OnRootMismatch",
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "topologySpreadConstraints": [
+                {
+                    "maxSkew": 1,
+                    "topologyKey": "kubernetes.io/hostname",
+                    "whenUnsatisfiable": "ScheduleAnyway",
+                    "labelSelector": {"matchLabels": selector(labels)},
+                }
+            ],
+            "containers": [
+                _container(config, spec, drain_seconds, alone=alone, memory_limit=memory_limit)
+            ],
+            "volumes": volumes,
+        },
+    }
+    for fragment in (config.node_defaults, spec.get("podTemplate") or {}):
+        template = merged(template, fragment)
+    # A Deployment finds its pods by these, and the operator its own.
+    theirs: Mapping[str, str] = template["metadata"].get("labels") or {}
+    template["metadata"]["labels"] = {**theirs, **labels}
+    return template
+
+
+def _container(
+    config: OperatorConfig,
+    spec: Mapping[str, Any],
+    drain_seconds: int,
+    *,
+    alone: bool,
+    memory_limit: int,
+) -> dict[str, Any]:
+    mounts: list[dict[str, Any]] = [{"name": "tmp", "mountPath": "/tmp"}]
+    cache: dict[str, Any] = {"name": "cache", "mountPath": CACHE}
+    mounts.append(cache | ({"readOnly": True} if config.weights.read_only else {}))
+    if alone:
+        folder = RESIDENCY.rpartition("/")[0]
+        mounts.append({"name": "residency", "mountPath": folder, "readOnly": True})
+    alive = {"grpc": {"port": GRPC_PORT, "service": "liveness"}, "timeoutSeconds": 5}
+    # Of a node of its own readiness is the model's. A pool's node serves from the start: each model
+    # on it is ready by itself, and the plan needs the node before there is any.
+    ready = {"grpc": {"port": GRPC_PORT}, "timeoutSeconds": 5} if alone else alive
+    container: dict[str, Any] = {
+        "name": CONTAINER,
+        "image": config.image,
+        "imagePullPolicy": config.image_pull_policy,
+        "command": ["kubediffusion-node"],
+        "env": _env(config, drain_seconds, alone=alone, memory_limit=memory_limit),
+        "ports": [
+            {"name": "grpc", "containerPort": GRPC_PORT, "protocol": "TCP"},
+            {"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"},
+        ],
+        # The process is up within these 5 minutes; loading may take as long as it takes.
+        "startupProbe": {**alive, "periodSeconds": 2, "failureThreshold": 150},
+        "livenessProbe": {**alive, "periodSeconds": 10, "failureThreshold": 6},
+        "readinessProbe": {**ready, "periodSeconds": 2, "failureThreshold": 3},
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": mounts,
+    }
+    resources = _resources(config, spec)
+    return container | ({"resources": resources} if resources else {})
+
+
+def _env(
+    config: OperatorConfig, drain_seconds: int, *, alone: bool, memory_limit: int
+) -> list[dict[str, Any]]:
+    values: dict[str, str] = {
+        "KUBEDIFFUSION_ADDRESS": f"0.0.0.0:{GRPC_PORT}",
+        "KUBEDIFFUSION_ADVERTISE": f"$(POD_IP):{GRPC_PORT}",
+        "KUBEDIFFUSION_METRICS_PORT": str(METRICS_PORT),
+        "KUBEDIFFUSION_METRICS_HOST": "0.0.0.0",
+        "KUBEDIFFUSION_DRAIN_SECONDS": str(drain_seconds),
+        "KUBEDIFFUSION_DEVICE": config.device,
+        "KUBEDIFFUSION_LOG_JSON": "true",
+        "HF_HOME": f"{CACHE}/huggingface",
+        # The root file system is read-only; libraries look for a place of their own.
+        "HOME": "/tmp",
+    }
+    if alone:
+        values["KUBEDIFFUSION_RESIDENCY"] = RESIDENCY
+        values["KUBEDIFFUSION_EXIT_ON_FAILURE"] = "true"
+    if memory_limit:
+        values["KUBEDIFFUSION_MEMORY_LIMIT"] = str(memory_limit)
+    env: list[dict[str, Any]] = [
+        {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+        {
+            "name": "KUBEDIFFUSION_NODE_ID",
+            "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}},
+        },
+        *({"name": name, "value": value} for name, value in values.items()),
+    ]
+    if config.hf_token_secret is not None:
+        secret = config.hf_token_secret
+        # Without the Secret a public model is served all the same.
+        key = {"name": secret.name, "key": secret.key, "optional": True}
+        env.append({"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": key}})
+    return env
+
+
+def _resources(config: OperatorConfig, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The object's own; a node on an accelerator asks for one, where nothing else is said."""
+    given: Mapping[str, Any] = spec.get("resources") or {}
+    result = {key: value for key, value in given.items() if value}
+    limits: Mapping[str, str] = given.get("limits") or {}
+    device = any("/" in name for name in limits) or bool(given.get("claims"))
+    if config.device.startswith("cuda") and not device:
+        result["limits"] = {**limits, config.scaling.gpu_resource: "1"}
+    return result
+
+
+def _weights(config: OperatorConfig) -> dict[str, Any]:
+    weights = config.weights
+    if weights.claim_name:
+        claim: dict[str, Any] = {"claimName": weights.claim_name}
+        if weights.read_only:
+            claim["readOnly"] = True
+        return {"persistentVolumeClaim": claim}
+    return {"emptyDir": {"sizeLimit": weights.size_limit} if weights.size_limit else {}}

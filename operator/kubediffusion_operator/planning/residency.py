@@ -1,0 +1,108 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What nodes are told, and which of them have to be told (again)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kubediffusion_operator.planning.children import content_in
+from kubediffusion_operator.planning.models import node_spec
+from kubediffusion_operator.planning.names import (
+    CONTAINER,
+    GRPC_PORT,
+    PLANNER,
+    generation_of,
+    is_going,
+    items,
+    name_of,
+    part,
+    status_of,
+    uid_of,
+)
+from kubediffusion_operator.planning.types import Object, ResidencyReport, ResidencyWrite
+
+# A node that waits so does not come back by itself soon.
+_STUCK = frozenset({"CrashLoopBackOff", "ImagePullBackOff", "ErrImagePull", "ErrImageNeverPull"})
+
+
+def own_content(
+    model: Object, configmap: Object | None, reports: Sequence[ResidencyReport]
+) -> dict[str, Any]:
+    """The plan of a model's own nodes: that model alone.
+
+    What its ConfigMap says stays while it is true. Another content gets the model's generation,
+    which has counted the change, or a higher one where more has been told already (the model was
+    deleted and made again, say).
+    """
+    models = [node_spec(model)]
+    before = content_in(configmap) or {}
+    told = int(before.get("generation") or 0)
+    seen = max((report.generation for report in reports), default=0)
+    if before.get("models") == models and before.get("planner") == PLANNER and told >= seen:
+        return before
+    generation = max(generation_of(model), told + 1 if told else 0, seen + 1 if seen else 0)
+    return {"generation": str(generation), "planner": PLANNER, "models": models}
+
+
+def report_of(pod: Object, residency: Mapping[str, ResidencyReport]) -> ResidencyReport | None:
+    """What the pod said in its present life."""
+    report = residency.get(uid_of(pod))
+    return report if report is not None and report.restarts == restarts_of(pod) else None
+
+
+def write_to(
+    pod: Object, content: Mapping[str, Any], residency: Mapping[str, ResidencyReport]
+) -> ResidencyWrite | None:
+    """What to tell the pod; None where it cannot hear, or has done it all."""
+    if not is_running(pod):
+        return None
+    report = report_of(pod, residency)
+    if is_done(content, report):
+        return None
+    return ResidencyWrite(
+        pod=name_of(pod),
+        uid=uid_of(pod),
+        restarts=restarts_of(pod),
+        address=f"{status_of(pod)['podIP']}:{GRPC_PORT}",
+        content=content,
+    )
+
+
+def is_done(content: Mapping[str, Any], report: ResidencyReport | None) -> bool:
+    """The node has loaded what it was told, or has failed to."""
+    if report is None or report.error or report.generation != int(content["generation"]):
+        return False
+    wanted = {model["identity"] for model in content["models"]}
+    states = {each.identity: each.state for each in report.models}
+    return set(states) == wanted and set(states.values()) <= {"READY", "FAILED"}
+
+
+def is_running(pod: Object) -> bool:
+    """Its node may listen."""
+    state = part(_container(pod), "state")
+    return bool(status_of(pod).get("podIP")) and not is_going(pod) and "running" in state
+
+
+def is_usable(pod: Object, *, hosting: bool) -> bool:
+    """Models can be planned on it. One that hosts some keeps them while its node restarts."""
+    if is_running(pod):
+        return True
+    state = part(_container(pod), "state")
+    waiting = part(state, "waiting")
+    stuck = waiting.get("reason") in _STUCK or status_of(pod).get("phase") in (
+        "Failed",
+        "Succeeded",
+    )
+    return hosting and not stuck and not is_going(pod) and bool(status_of(pod).get("podIP"))
+
+
+def restarts_of(pod: Object) -> int:
+    return int(_container(pod).get("restartCount") or 0)
+
+
+def _container(pod: Object) -> Mapping[str, Any]:
+    statuses: Sequence[Mapping[str, Any]] = items(status_of(pod), "containerStatuses")
+    none: Mapping[str, Any] = {}
+    return next((each for each in statuses if each.get("name") == CONTAINER), none)

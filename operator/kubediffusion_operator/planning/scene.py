@@ -1,0 +1,197 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Who is there and how they stand: workflows with their revisions, the models that these want,
+pools, and models that nobody wants any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from kubediffusion_operator.planning.cache import PlanCache
+from kubediffusion_operator.planning.failures import Failure
+from kubediffusion_operator.planning.models import pool_of, wanted_object
+from kubediffusion_operator.planning.names import (
+    MODEL,
+    POOL,
+    is_going,
+    is_ours,
+    labels_of,
+    name_of,
+    owners_of,
+    ref_of,
+    status_of,
+    uid_of,
+)
+from kubediffusion_operator.planning.pools import PoolPlan, planned
+from kubediffusion_operator.planning.revisions import History, by_workflow, history
+from kubediffusion_operator.planning.rollout import Rollout, rolled
+from kubediffusion_operator.planning.sharing import Conflict, Shared, shared, unheard
+from kubediffusion_operator.planning.standing import Standing, child, standing
+from kubediffusion_operator.planning.types import EventRecord, Object, Objects, Observed
+
+T = TypeVar("T")
+
+
+@dataclass
+class Scene:
+    """All that is found out about a namespace before anything is decided on children."""
+
+    observed: Observed
+    # Pods of models, by the model's name.
+    pods: Mapping[str, list[Object]]
+    pools: dict[str, PoolPlan] = field(default_factory=dict[str, PoolPlan])
+    # Of the models that are there, by name.
+    standings: dict[str, Standing] = field(default_factory=dict[str, Standing])
+    rollouts: list[Rollout] = field(default_factory=list[Rollout])
+    # By identity; and the DiffusionModels that the operator wants for them.
+    shared: dict[str, Shared] = field(default_factory=dict[str, Shared])
+    wanted: dict[str, Object] = field(default_factory=dict[str, Object])
+    # Of the operator's models that nobody wants: those to delete, and those whose pods go first.
+    unwanted: dict[str, Object] = field(default_factory=dict[str, Object])
+    retiring: dict[str, Object] = field(default_factory=dict[str, Object])
+    # By workflow: what it says and what does not count.
+    conflicts: dict[str, list[Conflict]] = field(default_factory=dict[str, "list[Conflict]"])
+    # Pools whose pods cannot be made.
+    bad_pools: dict[str, Failure] = field(default_factory=dict[str, Failure])
+    # uids of workflows that could not be followed: what they have stays.
+    blind: set[str] = field(default_factory=set[str])
+    events: list[EventRecord] = field(default_factory=list[EventRecord])
+
+    @property
+    def histories(self) -> list[History]:
+        return [rollout.history for rollout in self.rollouts]
+
+    def guarded(self, about: Object, make: Callable[[], T]) -> T | None:
+        """An object that nobody foresaw must not stop the others; it is told so."""
+        try:
+            return make()
+        except Exception as error:
+            text = f"planning failed: {type(error).__name__}: {error}; please report it"
+            self.events.append(EventRecord(ref_of(about), "Warning", "PlanningFailed", text))
+            return None
+
+
+def gather(observed: Observed, cache: PlanCache) -> Scene:
+    scene = Scene(observed, _pods_by(MODEL, observed.pods))
+    _plan_pools(scene)
+    for model in _present(observed.models):
+        found = scene.guarded(model, lambda model=model: _stand(scene, model, cache))
+        if found is not None:
+            scene.standings[found.name] = found
+    revisions = by_workflow(observed)
+    for workflow in _present(observed.workflows):
+        known = revisions.get(uid_of(workflow), ())
+        found = scene.guarded(
+            workflow,
+            lambda workflow=workflow, known=known: rolled(
+                history(workflow, known, observed, cache), scene.standings, observed.now
+            ),
+        )
+        if found is None or found.newest is None:
+            scene.blind.add(uid_of(workflow))
+        if found is not None:
+            scene.rollouts.append(found)
+    _share(scene, cache)
+    _part(scene)
+    return scene
+
+
+def is_held(scene: Scene, name: str) -> bool:
+    """A model that waits for old ones to go: they and it are one workflow's, which says so."""
+    model = scene.shared.get(name)
+    if model is None or not model.replace or not scene.retiring:
+        return False
+    owner = scene.standings[name].model
+    if child(owner, name, scene.observed.deployments) is not None:
+        return False
+    users = {uid_of(workflow) for workflow in model.workflows}
+    return any(users & _owners(old) for old in scene.retiring.values())
+
+
+def _present(objects: Objects) -> list[Object]:
+    return [each for each in sorted(objects.values(), key=name_of) if not is_going(each)]
+
+
+def _pods_by(label: str, pods: Objects) -> Mapping[str, list[Object]]:
+    found: dict[str, list[Object]] = {}
+    for pod in sorted(pods.values(), key=name_of):
+        owner = labels_of(pod).get(label)
+        if owner:
+            found.setdefault(owner, []).append(pod)
+    return found
+
+
+def _plan_pools(scene: Scene) -> None:
+    observed = scene.observed
+    members: dict[str, list[Object]] = {}
+    for model in _present(observed.models):
+        members.setdefault(pool_of(model), []).append(model)
+    pods = _pods_by(POOL, observed.pods)
+    for pool in _present(observed.pools):
+        name = name_of(pool)
+        found = scene.guarded(
+            pool,
+            lambda pool=pool, name=name: planned(
+                pool,
+                members.get(name, ()),
+                pods.get(name, ()),
+                observed.residency,
+                observed.now,
+            ),
+        )
+        if found is not None:
+            scene.pools[name] = found
+
+
+def _stand(scene: Scene, model: Object, cache: PlanCache) -> Standing:
+    pods = scene.pods.get(name_of(model), ())
+    return standing(model, scene.observed, pods, scene.pools, cache)
+
+
+def _share(scene: Scene, cache: PlanCache) -> None:
+    """The models that the revisions in use name, each with all its users."""
+    wanted = [
+        (rollout.history.workflow, known, known is rollout.newest)
+        for rollout in scene.rollouts
+        for known in rollout.in_use
+    ]
+    scene.shared = shared(wanted, cache)
+    for name, model in scene.shared.items():
+        there = scene.observed.models.get(name)
+        if there is not None and not is_ours(there):
+            lost = unheard(model)
+        else:
+            scene.wanted[name], lost = wanted_object(model, cache)
+        for conflict in lost:
+            scene.conflicts.setdefault(conflict.workflow, []).append(conflict)
+
+
+def _part(scene: Scene) -> None:
+    """The operator's models that no workflow wants."""
+    replacing = {uid_of(r.history.workflow) for r in scene.rollouts if r.replace}
+    for model in _present(scene.observed.models):
+        name, owners = name_of(model), _owners(model)
+        if name in scene.shared or not is_ours(model) or owners & scene.blind:
+            continue
+        if owners & replacing and _has_pods(scene, model):
+            scene.retiring[name] = model
+        else:
+            scene.unwanted[name] = model
+
+
+def _owners(model: Object) -> set[str]:
+    return {str(owner["uid"]) for owner in owners_of(model)}
+
+
+def _has_pods(scene: Scene, model: Object) -> bool:
+    """Accelerators are still taken, or will be."""
+    deployment = child(model, name_of(model), scene.observed.deployments)
+    if deployment is not None and deployment["spec"].get("replicas"):
+        return True
+    return _any_takes(scene.pods.get(name_of(model), ()))
+
+
+def _any_takes(pods: Iterable[Object]) -> bool:
+    return any(status_of(pod).get("phase") not in ("Succeeded", "Failed") for pod in pods)
