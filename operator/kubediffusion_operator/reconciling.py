@@ -7,9 +7,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from kubediffusion.cluster.api import ApiError
 from kubediffusion.errors import KubeDiffusionError
@@ -19,7 +20,8 @@ from kubediffusion_operator.config import OperatorConfig
 from kubediffusion_operator.events import Recorder
 from kubediffusion_operator.holding import Holds, digest
 from kubediffusion_operator.kinds import BY_KIND, WATCHED
-from kubediffusion_operator.planning import PlanCache, plan
+from kubediffusion_operator.planning.cache import PlanCache
+from kubediffusion_operator.planning.plan import plan
 from kubediffusion_operator.planning.types import (
     API_VERSION,
     EventRecord,
@@ -51,6 +53,8 @@ class _Round:
     trouble: KubeDiffusionError | None = None
     # Seconds after which a write that rests may go.
     rest: float | None = None
+    # What the API server refuses for good, by (kind, name): its words.
+    refused: dict[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])
 
     def rest_at_most(self, seconds: float | None) -> None:
         if seconds is not None:
@@ -98,6 +102,7 @@ class Reconciler:
         self._wall = wall
         self._holds = Holds()
         self._caches: dict[str, PlanCache] = {}
+        self._refused: dict[str, Mapping[tuple[str, str], str]] = {}
 
     async def reconcile(self, namespace: str) -> float | None:
         """Seconds after which to come back; None: when something happens.
@@ -126,9 +131,10 @@ class Reconciler:
             # In a thread: a namespace of hundreds of workflows takes long enough to miss a probe.
             wanted = await asyncio.to_thread(plan, observed, cache)
         done = await self._carry_out(observed, wanted)
+        self._refused[namespace] = done.refused
         if done.trouble is not None:
             raise done.trouble
-        if done.written:
+        if done.written or done.refused != observed.refused:
             return 0.0  # what was written may ask for more: until a plan is empty
         done.rest_at_most(wanted.requeue_after)
         return done.rest
@@ -138,17 +144,20 @@ class Reconciler:
             return dict(self._cluster.objects(kind, namespace))
 
         now = self._wall().replace(microsecond=0)
+        objects: dict[str, Any] = {each.name: copy(each.kind) for each in WATCHED}
         return Observed(
             namespace=namespace,
             now=now.isoformat().replace("+00:00", "Z"),
             config=self._config,
             resolutions=self._resolver.results(namespace),
             residency=self._residency.reports(namespace),
-            **{each.name: copy(each.kind) for each in WATCHED},
+            refused=self._refused.get(namespace, {}),
+            **objects,
         )
 
     def _forget(self, namespace: str) -> None:
         self._caches.pop(namespace, None)
+        self._refused.pop(namespace, None)
         self._holds.forget(namespace)
 
     def expire(self) -> None:
@@ -247,6 +256,7 @@ class Reconciler:
         wait = self._holds.wait(key, write.digest, write.before, self._now())
         if wait:
             done.rest_at_most(wait)
+            self._still_refused(done, write)
             return
         try:
             after = await call()
@@ -272,9 +282,19 @@ class Reconciler:
         self._holds.refused(key, write.digest, self._now())
         done.rest_at_most(self._holds.wait(key, write.digest, write.before, self._now()))
         log.warning("%s %s/%s is refused: %s", *_named(key), error)
-        message = f"the API server refuses {write.what} {write.name}: {error.message}"
-        event = EventRecord(about, "Warning", "WriteRefused", message)
-        await self._recorder.record(done.namespace, event)
+        if write.on_existing:
+            message = f"the API server refuses {write.what} {write.name}: {error.message}"
+            event = EventRecord(about, "Warning", "WriteRefused", message)
+            await self._recorder.record(done.namespace, event)
+        else:
+            # The plan tells it, where the user looks.
+            done.refused[write.what, write.name] = error.message
+
+    def _still_refused(self, done: _Round, write: _Write) -> None:
+        """A write that rests because it was refused is as good as refused once more."""
+        words = self._refused.get(done.namespace, {}).get((write.what, write.name))
+        if words is not None:
+            done.refused[write.what, write.name] = words
 
     def _version(self, kind: str, namespace: str, name: str) -> str:
         known = self._cluster.get(kind, namespace, name)
