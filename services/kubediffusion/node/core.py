@@ -62,7 +62,7 @@ class Node:
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._freed = asyncio.Event()
-        self.reporter = Reporter(self, store, device, residency, metrics)
+        self.reporter = Reporter(self, store, device, residency, metrics, now)
         residency.on_evicting = self._evicting
 
     # ------------------------------------------------------------ gateways
@@ -282,7 +282,7 @@ class Node:
     def failed(self, task: Task, error: KubeDiffusionError, reason: FailureReason) -> None:
         if task.ended:
             return
-        self._ended(task, "failed")
+        self._ended(task, "failed", error.message)
         word = node_pb2.FailureReason.Name(reason).removeprefix("FAILURE_REASON_")
         self._metrics.failures.labels(task.assign.model, task.assign.stage, word).inc()
         task.session.outbox.send(_failed(task.key, reason, error))
@@ -325,9 +325,9 @@ class Node:
     def poisoned(self, message: str) -> None:
         self._on_poisoned(message)
 
-    def _ended(self, task: Task, outcome: str) -> None:
+    def _ended(self, task: Task, outcome: str, error: str = "") -> None:
         """Out of every table; whoever tells the gateway does so after this."""
-        self.reporter.observe(task, outcome)
+        self.reporter.observe(task, outcome, error)
         self._forget(task)
 
     def _forget(self, task: Task) -> None:

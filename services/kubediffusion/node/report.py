@@ -1,17 +1,20 @@
 # Copyright 2026 The KubeDiffusion Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How busy the node is: load reports to every gateway, and the same numbers as metrics."""
+"""How busy the node is, in load reports and metrics; and of each task, when it ended, a span."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kubediffusion.node.device import Device
 from kubediffusion.node.residency import Residency
 from kubediffusion.node.tasks import Task
 from kubediffusion.telemetry.metrics import Children, NodeMetrics
+from kubediffusion.telemetry.tracing import configure as configure_tracing
 from kubediffusion.tensors import TensorStore
 from kubediffusion.v1alpha1 import node_pb2
 
@@ -32,6 +35,7 @@ class Reporter:
         device: Device,
         residency: Residency,
         metrics: NodeMetrics,
+        now: Callable[[], float],
     ) -> None:
         self._node = node
         self._store = store
@@ -39,6 +43,8 @@ class Reporter:
         self._residency = residency
         self._metrics = metrics
         self._child = Children()
+        self._now = now
+        self._tracing = configure_tracing("kubediffusion-node")
         self._timer: asyncio.TimerHandle | None = None
         self._soon = False
         self._last = -LATEST
@@ -70,6 +76,8 @@ class Reporter:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        # A collector may take long to answer. The process waits for this thread, nothing else does.
+        threading.Thread(target=self._tracing.close, name="last spans").start()
 
     def load(self) -> node_pb2.LoadReport:
         """Every task that is here and has not the device waits."""
@@ -90,15 +98,34 @@ class Reporter:
             gateways=len(self._node.sessions),
         )
 
-    def observe(self, task: Task, outcome: str) -> None:
+    def observe(self, task: Task, outcome: str, error: str = "") -> None:
         """A task ended."""
         metrics, child, labels = self._metrics, self._child, _labels(task)
         timing = task.timing()
         child(metrics.tasks, *labels, outcome).inc()
+        spent: dict[str, float] = {}
         if task.started is not None:
             child(metrics.task_queue_seconds, *labels).observe(timing.queue_seconds)
             child(metrics.task_fetch_seconds, *labels).observe(timing.fetch_seconds)
             child(metrics.task_run_seconds, *labels).observe(timing.run_seconds)
+            spent = {
+                "queue_seconds": timing.queue_seconds,
+                "fetch_seconds": timing.fetch_seconds,
+                "run_seconds": timing.run_seconds,
+            }
+        self._tracing.record(
+            task.assign.stage,
+            task.assign.traceparent,
+            self._now() - task.arrival,
+            error,
+            request_id=task.key.request_id,
+            task=task.key.task,
+            epoch=task.key.epoch,
+            model=task.assign.model,
+            outcome=outcome,
+            steps=timing.steps_run,
+            **spent,
+        )
 
     def _publish(self, report: node_pb2.LoadReport) -> None:
         metrics = self._metrics

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -31,6 +32,17 @@ class Tracing(Protocol):
         """A span under `traceparent`; the value is what the messages sent inside carry."""
         ...
 
+    def record(
+        self,
+        name: str,
+        traceparent: str,
+        seconds: float,
+        error: str = "",
+        **attributes: str | int | float | bool,
+    ) -> None:
+        """A span under `traceparent` that ends now and took so long; `error`: it failed."""
+        ...
+
     def close(self) -> None:
         """Sends what is left."""
         ...
@@ -44,6 +56,16 @@ class PassThrough:
         self, name: str, traceparent: str = "", **attributes: str | int | float | bool
     ) -> Iterator[str]:
         yield traceparent
+
+    def record(
+        self,
+        name: str,
+        traceparent: str,
+        seconds: float,
+        error: str = "",
+        **attributes: str | int | float | bool,
+    ) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -74,6 +96,24 @@ class OpenTelemetry:
             carrier: dict[str, str] = {}
             self._propagator.inject(carrier, set_span_in_context(span))
             yield carrier["traceparent"]
+
+    def record(
+        self,
+        name: str,
+        traceparent: str,
+        seconds: float,
+        error: str = "",
+        **attributes: str | int | float | bool,
+    ) -> None:
+        from opentelemetry.trace import StatusCode
+
+        end = time.time_ns()
+        parent = self._propagator.extract({"traceparent": traceparent})
+        begin = end - round(seconds * 1e9)
+        span = self._tracer.start_span(name, parent, attributes=attributes, start_time=begin)
+        if error:
+            span.set_status(StatusCode.ERROR, error)
+        span.end(end)
 
     def close(self) -> None:
         self._provider.shutdown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -22,7 +23,21 @@ def test_a_callers_trace_passes_through_where_nobody_asked_for_spans(
         assert traceparent == PARENT
     with traces.span("denoise") as traceparent:
         assert traceparent == ""
+    traces.record("denoise", PARENT, 1.5, "it failed", steps=28)
     traces.close()
+
+
+def test_nothing_of_opentelemetry_is_imported_where_nobody_asked_for_spans() -> None:
+    program = """
+import sys
+from kubediffusion.telemetry import tracing
+traces = tracing.configure("node", {})
+with traces.span("request"):
+    traces.record("denoise", "", 1.5)
+traces.close()
+assert not [name for name in sys.modules if name.startswith("opentelemetry")]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_a_missing_exporter_is_said_and_does_not_stop_the_process(
@@ -64,3 +79,20 @@ def test_without_a_parent_a_span_starts_a_trace_and_rubbish_is_no_parent() -> No
         with traces.span("request", parent) as traceparent:
             assert len(traceparent) == len(PARENT)
     assert all(span.parent is None for span in exporter.get_finished_spans())
+
+
+def test_what_is_over_is_recorded_with_its_length_and_its_error() -> None:
+    sdk = pytest.importorskip("opentelemetry.sdk.trace.export")
+    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    exporter = memory.InMemorySpanExporter()
+    traces = tracing.OpenTelemetry("node", sdk.SimpleSpanProcessor(exporter))
+    traces.record("denoise", PARENT, 1.5, steps=28)
+    traces.record("decode", "", 0.0, "no memory")
+    good, bad = exporter.get_finished_spans()
+    assert f"{good.parent.span_id:016x}" == PARENT.split("-")[2]
+    assert good.end_time - good.start_time == 1_500_000_000
+    assert dict(good.attributes) == {"steps": 28}
+    assert good.status.is_unset
+    assert bad.parent is None
+    assert (bad.status.is_ok, bad.status.description) == (False, "no memory")
+    traces.close()
