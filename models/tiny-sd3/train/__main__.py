@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """`python -m train all`: from nothing to the pipeline, its ControlNet, its LoRA and the numbers.
 
 Each stage keeps its state in the work folder: a stage that was stopped continues where it was, and

@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """What is trained on top of the frozen pipeline: a ControlNet that follows edges, a style LoRA."""
 
 import inspect

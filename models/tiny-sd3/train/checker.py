@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """A deterministic judge: does the picture show what the scene says?"""
 
 from dataclasses import asdict, dataclass, replace

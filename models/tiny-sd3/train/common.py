@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """What every training stage shares: a time budget that survives restarts, logs, checkpoints."""
 
 import csv

@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """Draw held-out captions with a saved pipeline, and count what is right."""
 
 import json

@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """Measure the ControlNet and the LoRA with the saved pipeline, each beside the pipeline without."""
 
 import json

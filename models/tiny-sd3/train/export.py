@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """Write the trained networks as a diffusers pipeline that a plain `from_pretrained` loads."""
 
 from pathlib import Path

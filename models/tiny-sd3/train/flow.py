@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """Flow matching of the transformer and the text encoders, on scenes drawn as they are needed."""
 
 import random

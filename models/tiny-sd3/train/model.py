@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """The transformer, its position table for each picture size, and the network that is trained."""
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """Muon with its orthogonalisation shared out among the data-parallel processes."""
 
 import torch

@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """Teach the text encoders who stands where, before and while the transformer learns to draw.
 
 The velocity says little about word order: a noisy picture already shows which object is on top, so

@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """Tokenizers for the world's words, the three small text encoders, and the context they make.
 
 Stable Diffusion 3's pipeline pads T5 to `max_sequence_length` (256 unless told otherwise) and lets

@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """The autoencoder: a fixed linear latent code, and an `AutoencoderKL` that learns both its ways.
 
 The latent of an 8 x 8 patch is its 16 strongest principal components. The code is known before any

@@ -1,3 +1,5 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
 """The shapes world: scenes, their captions, the held-out split, and drawing with exact edges."""
 
 import hashlib
