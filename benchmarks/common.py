@@ -99,7 +99,9 @@ def machine() -> str:
                 break
     except OSError:
         pass
-    return f"{model}, {os.cpu_count()} CPUs, Python {platform.python_version()}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"
+    threads = os.environ.get("OMP_NUM_THREADS", "unset")
+    python = platform.python_version()
+    return f"{model}, {os.cpu_count()} CPUs, Python {python}, OMP_NUM_THREADS={threads}"
 
 
 def write_csv(rows: Sequence[Row], path: Path, run: str) -> None:
