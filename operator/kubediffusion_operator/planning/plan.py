@@ -60,7 +60,7 @@ def plan(observed: Observed, cache: PlanCache | None = None) -> Plan:
 
     An object that cannot be planned gets a condition, and the others their plan all the same.
     """
-    cache = cache or PlanCache()
+    cache = PlanCache() if cache is None else cache
     scene = gather(observed, cache)
     made = household(scene, cache)
     result = Plan()
@@ -123,7 +123,7 @@ def _remove(result: Plan, scene: Scene, made: Household) -> None:
     gone: list[Ref] = [ref_of(model) for model in scene.unwanted.values()]
     for rollout in scene.rollouts:
         in_use = frozenset(known.revision.name for known in rollout.in_use)
-        gone += surplus(rollout.history, in_use, observed)
+        gone += surplus(rollout.history, in_use)
     gone += orphans(observed)
     owners = {uid_of(owner) for owner in (*observed.models.values(), *observed.pools.values())}
     going = {ref.uid for ref in gone}

@@ -76,15 +76,16 @@ class History:
     # Readable revisions by name, `newest` among them, though it may not be written yet.
     known: Mapping[str, Known]
     condition: Condition
-    # The highest number, of revisions that cannot be read too.
-    top: int = 0
+    # Its ControllerRevisions, those that cannot be read too.
+    written: Sequence[Object]
     # A ControllerRevision to write; the workflow, where its sources have to be read.
     write: Object | None = None
     resolve: bool = False
 
     @property
-    def name(self) -> str:
-        return name_of(self.workflow)
+    def top(self) -> int:
+        """The highest number given so far."""
+        return max((int(found.get("revision") or 0) for found in self.written), default=0)
 
 
 def by_workflow(observed: Observed) -> Mapping[str, Sequence[Object]]:
@@ -96,17 +97,11 @@ def by_workflow(observed: Observed) -> Mapping[str, Sequence[Object]]:
     return found
 
 
-def surplus(history: History, in_use: frozenset[str], observed: Observed) -> list[Ref]:
+def surplus(history: History, in_use: frozenset[str]) -> list[Ref]:
     """Old revisions beyond the workflow's limit, the oldest first; never one that is in use."""
     limit = int(history.workflow["spec"].get("revisionHistoryLimit", 10))
     old = sorted(
-        (
-            found
-            for found in observed.revisions.values()
-            if controller_of(found) == uid_of(history.workflow)
-            and name_of(found) not in in_use
-            and not is_going(found)
-        ),
+        (found for found in history.written if name_of(found) not in in_use),
         key=lambda found: (int(found.get("revision") or 0), name_of(found)),
     )
     return [ref_of(found) for found in old[: max(0, len(old) - limit)]]
@@ -133,8 +128,7 @@ def history(
         if (each := _known(found, cache)) is not None
     }
     newest = max(known.values(), key=lambda each: each.revision.number, default=None)
-    top = max((int(found.get("revision") or 0) for found in revisions), default=0)
-    found = History(workflow, newest, known, _RESOLVING, top)
+    found = History(workflow, newest, known, _RESOLVING, revisions)
     definition = _definition(workflow, cache)
     if isinstance(definition, InvalidWorkflow):
         found.condition = _unresolved(definition)
@@ -174,6 +168,7 @@ def _advanced(
         history.condition = _unresolved(error)
         return history
     name, data, resolved = made
+    cache.get(("decoded", name), lambda: (definition, resolved))
     revision = Revision(name, history.top + 1, data)
     newest = Known(revision, definition, resolved)
     history.newest, history.known = newest, {**known, name: newest}
@@ -206,18 +201,25 @@ def _pins(
 
 def _known(found: Object, cache: PlanCache) -> Known | None:
     """None where it cannot be read; then it is as if it were not there."""
-    number = int(found.get("revision") or 0)
-    # Its data never changes, its number does.
-    said = cache.get(("decoded", uid_of(found), name_of(found)), lambda: _decoded(found))
+    name, number = name_of(found), int(found.get("revision") or 0)
+    # Its data never changes, its number does. Of data that its name is the hash of, the name will
+    # do, and the revision that was just made is known already.
+    told = cache.get(("hash", name, uid_of(found)), lambda: _is_hash(found))
+    key = ("decoded", name) if told else ("decoded", name, uid_of(found))
+    said = cache.get(key, lambda: _decoded(part(found, "data")))
     if said is None:
         return None
-    definition, resolved = said
-    return Known(Revision(name_of(found), number, found["data"]), definition, resolved)
+    return Known(Revision(name, number, part(found, "data")), *said)
 
 
-def _decoded(found: Object) -> tuple[DiffusionWorkflow, ResolvedWorkflow] | None:
+def _is_hash(found: Object) -> bool:
+    data = part(found, "data")
+    workflow = part(part(data, "workflow"), "metadata").get("name", "")
+    return name_of(found) == revision_name(str(workflow), data)
+
+
+def _decoded(data: Mapping[str, Any]) -> tuple[DiffusionWorkflow, ResolvedWorkflow] | None:
     try:
-        data = part(found, "data")
         return definition_of(data), decode(data)
     except InvalidWorkflow:
         return None
