@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote, unquote
 
 import grpc
@@ -126,16 +127,13 @@ def _shortened(text: str) -> str:
 
 def from_rpc_error(error: grpc.RpcError, peer: str = "") -> KubeDiffusionError:
     """The error that the other side raised, or what a failure of the call itself amounts to."""
-    code: grpc.StatusCode = error.code()  # type: ignore[attr-defined]
-    details: str = error.details() or ""  # type: ignore[attr-defined]
-    metadata: Iterable[Sequence[str | bytes]] = error.trailing_metadata() or ()  # type: ignore
-    known = _from_metadata(details, metadata)
-    return known if known is not None else _from_code(code, details, peer)
+    details = error.details() or ""
+    known = _from_metadata(details, error.trailing_metadata() or ())
+    return known if known is not None else _from_code(error.code(), details, peer)
 
 
-def _from_metadata(
-    details: str, metadata: Iterable[Sequence[str | bytes]]
-) -> KubeDiffusionError | None:
+def _from_metadata(details: str, metadata: Iterable[Any]) -> KubeDiffusionError | None:
+    """`metadata` are pairs of a key and a value."""
     pairs = [
         (key, unquote(value))
         for key, value in metadata

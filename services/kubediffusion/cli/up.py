@@ -8,7 +8,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from kubediffusion.local.runtime import NODE_MODULES, LocalRuntime
 from kubediffusion.local.supervisor import NodePhase, NodeReport
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from kubediffusion.gateway.server import Addresses, Doors
 
 _REFRESH = 0.25
@@ -133,10 +135,10 @@ class _Up:
 
         self._handle(stop)
 
-    def _handle(self, action: object) -> None:
+    def _handle(self, action: Callable[[], object]) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, action)  # type: ignore[arg-type]
+            loop.add_signal_handler(number, action)
 
     # ------------------------------------------------------------ what is seen
 
@@ -164,14 +166,14 @@ class _Up:
         from kubediffusion.cli.screens import supervised_nodes
         from kubediffusion.client.records import status_of
 
-        def screen() -> object:
+        def screen() -> RenderableType:
             status = status_of(runtime.gateway.status())
             return supervised_nodes(runtime.supervisor.reports(), status.nodes)
 
-        with Live(screen(), console=self._console, auto_refresh=False) as live:  # type: ignore
+        with Live(screen(), console=self._console, auto_refresh=False) as live:
             while True:
                 await asyncio.sleep(_REFRESH)
-                live.update(screen(), refresh=True)  # type: ignore[arg-type]
+                live.update(screen(), refresh=True)
 
     def _line(self, report: NodeReport) -> None:
         """Elsewhere: a line for each change."""

@@ -331,8 +331,8 @@ class Flight:
             log.exception("request %s", self.request_id)
             self.end(Internal(f"unexpected {type(error).__name__}; see the gateway's log"))
 
-    def _emit(self, index: int, *, dispensable: bool = False, **kind: object) -> None:
-        event = gateway_pb2.GenerateEvent(request_id=self.request_id, index=index, **kind)  # type: ignore[arg-type]
+    def _emit(self, index: int, *, dispensable: bool = False, **kind: Any) -> None:
+        event = gateway_pb2.GenerateEvent(request_id=self.request_id, index=index, **kind)
         if self._keep and not dispensable:
             self.history.append(event)
         for subscriber in self._subscribers:

@@ -58,7 +58,7 @@ def _give_up_warming() -> None:
 
 
 def _server_pid() -> int | None:
-    return forkserver._forkserver._forkserver_pid  # pyright: ignore
+    return forkserver._forkserver._forkserver_pid  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class NodeProcess:

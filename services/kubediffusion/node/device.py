@@ -18,6 +18,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import zip_longest
 from queue import Empty, SimpleQueue
 from time import perf_counter
@@ -102,19 +103,16 @@ class Device:
         """Runs `function` on the device thread between two steps."""
         future: asyncio.Future[T] = self._loop.create_future()
 
-        def resolve(result: T | None, error: BaseException | None) -> None:
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)  # type: ignore[arg-type]
+        def settle(outcome: Callable[[], None]) -> None:
+            if not future.done():
+                outcome()
 
         def run() -> None:
             try:
-                self._post(resolve, function(), None)
+                outcome = partial(future.set_result, function())
             except BaseException as error:
-                self._post(resolve, None, error)
+                outcome = partial(future.set_exception, error)
+            self._post(settle, outcome)
 
         self._inbox.put(run)
         return future

@@ -18,7 +18,7 @@ from kubediffusion.v1alpha1 import node_pb2
 if TYPE_CHECKING:
     from kubediffusion.node.core import Node
 
-EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
 PROTOCOL = node_pb2.ProtocolRange(min=1, max=1)
 DEFAULT_LEASE_SECONDS = 30
 MAX_LEASE_SECONDS = 3600

@@ -125,9 +125,7 @@ def configure(service: str, environ: Mapping[str, str] = os.environ) -> Tracing:
     if disabled or not any(environ.get(name) for name in _ENDPOINTS):
         return PassThrough()
     try:
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # pyright: ignore
-            OTLPSpanExporter,
-        )
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         log.warning(
