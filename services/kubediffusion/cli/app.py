@@ -100,6 +100,14 @@ Address = Annotated[
     str,
     typer.Option(help="A gateway's gRPC address; that of a running `up` is known."),
 ]
+ApiKey = Annotated[
+    str,
+    typer.Option(
+        envvar="KUBEDIFFUSION_API_KEY",
+        show_envvar=True,
+        help="For a gateway that asks for one.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="For a program to read.", rich_help_panel=_OTHER)
 ]
@@ -141,6 +149,7 @@ def generate(
         str, typer.Option("--workflow", "-w", help="Needed where more than one is served.")
     ] = "",
     address: Address = "",
+    api_key: ApiKey = "",
     seed: Seed = None,
     steps: Steps = None,
     settings: Settings = None,
@@ -158,7 +167,9 @@ def generate(
         from kubediffusion.cli.run import run_there
 
         typed = Typed(prompt, seed, steps, settings or (), lora or (), image, control or (), n)
-        run_there(gateway_address(address), workflow, typed, output, as_json=as_json)
+        run_there(
+            gateway_address(address), workflow, typed, output, as_json=as_json, api_key=api_key
+        )
 
 
 @app.command()
@@ -179,7 +190,7 @@ def up(
         typer.Option(
             "--api-key",
             envvar="KUBEDIFFUSION_API_KEYS",
-            help="Ask HTTP clients for one of these keys. Repeatable.",
+            help="Ask clients for one of these keys. Repeatable.",
         ),
     ] = None,
     drain: Annotated[
@@ -226,21 +237,25 @@ def validate(
 
 
 @app.command()
-def status(address: Address = "", as_json: Json = False, debug: Debug = False) -> None:
+def status(
+    address: Address = "", api_key: ApiKey = "", as_json: Json = False, debug: Debug = False
+) -> None:
     """Show the workflows, nodes, models and queues of a running gateway."""
     with reporting(debug):
         from kubediffusion.cli.remote import gateway_address, show_status
 
-        show_status(gateway_address(address), as_json=as_json)
+        show_status(gateway_address(address), as_json, api_key)
 
 
 @app.command()
-def models(address: Address = "", as_json: Json = False, debug: Debug = False) -> None:
+def models(
+    address: Address = "", api_key: ApiKey = "", as_json: Json = False, debug: Debug = False
+) -> None:
     """List the models that come with KubeDiffusion, and those that are served or downloaded."""
     with reporting(debug):
         from kubediffusion.cli.remote import show_models
 
-        show_models(address, as_json=as_json)
+        show_models(address, as_json, api_key)
 
 
 @app.command()

@@ -30,10 +30,10 @@ def gateway_address(address: str) -> str:
     return found[0].grpc
 
 
-def show_status(address: str, as_json: bool) -> None:
+def show_status(address: str, as_json: bool, api_key: str = "") -> None:
     from kubediffusion.cli.screens import status_screen
 
-    status, workflows = _ask(address)
+    status, workflows = _ask(address, api_key)
     if as_json:
         content = {
             "address": address,
@@ -45,13 +45,13 @@ def show_status(address: str, as_json: bool) -> None:
     shell.output().print(status_screen(status, workflows))
 
 
-def show_models(address: str, as_json: bool) -> None:
+def show_models(address: str, as_json: bool, api_key: str = "") -> None:
     """The built-in and downloaded ones always; served ones where a gateway is up."""
     from kubediffusion.cli.catalog import builtin_models, downloaded_models
     from kubediffusion.cli.screens import models_screen
 
     try:
-        status, workflows = _ask(gateway_address(address))
+        status, workflows = _ask(gateway_address(address), api_key)
     except Unavailable:
         if address:
             raise
@@ -73,6 +73,6 @@ def show_models(address: str, as_json: bool) -> None:
     shell.output().print(models_screen(builtin, downloaded, status, workflows))
 
 
-def _ask(address: str) -> tuple[Status, tuple[Workflow, ...]]:
-    with Client(address, attempts=2, timeout=5) as client:
+def _ask(address: str, api_key: str) -> tuple[Status, tuple[Workflow, ...]]:
+    with Client(address, attempts=2, timeout=5, api_key=api_key) as client:
         return client.status(), client.workflows()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -120,8 +120,8 @@ async def _run_here(
     return result
 
 
-async def _events(messages: AsyncIterator[Any]) -> AsyncIterator[Event]:
-    async with aclosing(messages) as open_messages:  # type: ignore[type-var]
+async def _events(messages: AsyncGenerator[Any, None]) -> AsyncGenerator[Event, None]:
+    async with aclosing(messages) as open_messages:
         async for message in open_messages:
             event = event_of(message)
             if event is not None:
@@ -131,20 +131,27 @@ async def _events(messages: AsyncIterator[Any]) -> AsyncIterator[Event]:
 # ---------------------------------------------------------------- at a running gateway
 
 
-def run_there(address: str, workflow: str, typed: Typed, target: Path, *, as_json: bool) -> None:
+def run_there(
+    address: str, workflow: str, typed: Typed, target: Path, *, as_json: bool, api_key: str = ""
+) -> None:
     """Sends one request to a gateway's gRPC address."""
     destination = Destination(target, typed.count)
-    result = shell.run_async(_run_there(address, workflow, typed, destination, as_json))
+    result = shell.run_async(_run_there(address, workflow, typed, destination, as_json, api_key))
     _show_result(result, as_json)
 
 
 async def _run_there(
-    address: str, workflow: str, typed: Typed, destination: Destination, as_json: bool
+    address: str,
+    workflow: str,
+    typed: Typed,
+    destination: Destination,
+    as_json: bool,
+    api_key: str,
 ) -> Result:
     from kubediffusion.cli.progress import GenerationView
     from kubediffusion.client import AsyncClient
 
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, api_key=api_key) as client:
         known = {each.name: each for each in await client.workflows()}
         chosen = known.get(workflow) if workflow else next(iter(known.values()), None)
         if chosen is None or (not workflow and len(known) > 1):
@@ -164,12 +171,12 @@ async def _run_there(
 
 
 async def _follow(
-    events: AsyncIterator[Event],
+    events: AsyncGenerator[Event, None],
     view: GenerationView,
     destination: Destination,
     result: Result,
 ) -> None:
-    async with aclosing(events) as open_events:  # type: ignore[type-var]
+    async with aclosing(events) as open_events:
         async for event in open_events:
             view.event(event)
             if isinstance(event, Image):

@@ -140,12 +140,16 @@ def commands_to_try(
 ) -> list[str]:
     """To be copied: printed as they are, never wrapped or boxed, for 80 columns."""
     model = workflows[0]
-    return [*([_generate(model, workflows)] if grpc else []), *_http(http, model, key_needed)]
+    return [
+        *([_generate(model, workflows, key_needed)] if grpc else []),
+        *_http(http, model, key_needed),
+    ]
 
 
-def _generate(model: str, workflows: Sequence[str]) -> str:
+def _generate(model: str, workflows: Sequence[str], key_needed: bool) -> str:
     choice = f" -w {model}" if len(workflows) > 1 else ""
-    return f'kubediffusion generate{choice} -p "{_PROMPT}" -o out.png'
+    key = " --api-key $OPENAI_API_KEY" if key_needed else ""
+    return f'kubediffusion generate{choice}{key} -p "{_PROMPT}" -o out.png'
 
 
 def _http(http: str, model: str, key_needed: bool) -> tuple[str, ...]:

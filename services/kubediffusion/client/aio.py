@@ -43,9 +43,15 @@ class AsyncClient:
     """
 
     def __init__(
-        self, address: str, *, tenant: str = "", attempts: int = 5, timeout: float = 30.0
+        self,
+        address: str,
+        *,
+        tenant: str = "",
+        attempts: int = 5,
+        timeout: float = 30.0,
+        api_key: str = "",
     ) -> None:
-        self._options = Options(address, tenant, attempts, timeout)
+        self._options = Options(address, tenant, attempts, timeout, api_key)
         self._channel: grpc.aio.Channel | None = None
 
     async def __aenter__(self) -> Self:
@@ -69,7 +75,7 @@ class AsyncClient:
         generation = Generation(request, self._options)
         while not generation.finished:
             message, timeout = generation.attempt()
-            call = self._stub().Generate(message, timeout=timeout)
+            call = self._stub().Generate(message, timeout=timeout, metadata=self._options.metadata)
             try:
                 async for each in call:
                     event = generation.accept(each)
@@ -166,7 +172,9 @@ class AsyncClient:
         retry = Retry(self._options)
         while True:
             try:
-                return await method(request, timeout=self._options.timeout)
+                return await method(
+                    request, timeout=self._options.timeout, metadata=self._options.metadata
+                )
             except grpc.RpcError as error:
                 pause = retry.pause_after(error)
             await asyncio.sleep(pause)

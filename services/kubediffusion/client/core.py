@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 from uuid import uuid4
 
 import grpc
@@ -30,14 +30,26 @@ DEADLINE_GRACE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Options:
-    """`attempts` in all where a call finds nobody; `timeout` of a call that is no generation."""
+    """`attempts` in all where a call finds nobody; `timeout` of a call that is no generation.
+
+    `api_key` is for a gateway that asks for one.
+    """
 
     address: str
     tenant: str = ""
     attempts: int = 5
     timeout: float = 30.0
+    api_key: str = ""
     now: Callable[[], float] = time.monotonic
     jitter: Callable[[], float] = random.random
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of every call."""
+        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+
+    def __repr__(self) -> str:
+        return f"Options({self.address!r})"  # the key is nobody's business
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -113,7 +125,7 @@ def build_request(
             request.deadline_ms = round(deadline * 1000)
     if numerics:
         try:
-            request.numerics = node_pb2.Numerics.Value(f"NUMERICS_{numerics.upper()}")  # type: ignore
+            request.numerics = node_pb2.Numerics.Value(f"NUMERICS_{numerics.upper()}")
         except ValueError:
             raise InvalidInput('must be "exact" or "fast"', field="numerics") from None
     return request
@@ -141,7 +153,7 @@ def _input(name: str, value: object) -> tensor_pb2.Value:
         value = value.read_bytes()
     elif hasattr(value, "save") and hasattr(value, "mode"):  # a Pillow image
         buffer = io.BytesIO()
-        value.save(buffer, "PNG")  # type: ignore[union-attr]
+        cast(Any, value).save(buffer, "PNG")
         value = buffer.getvalue()
     try:
         return encode_value(value)

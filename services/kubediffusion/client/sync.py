@@ -40,13 +40,20 @@ class Client:
 
     Its errors are those of `kubediffusion.errors`. A gateway that cannot be reached is tried
     `attempts` times; `timeout` is each call's in seconds, generations excepted, which have their
-    `deadline`. A ``with`` or `close` ends it. Threads may share it.
+    `deadline`. A gateway with API keys wants one of them as `api_key`. A ``with`` or `close` ends
+    the client. Threads may share it.
     """
 
     def __init__(
-        self, address: str, *, tenant: str = "", attempts: int = 5, timeout: float = 30.0
+        self,
+        address: str,
+        *,
+        tenant: str = "",
+        attempts: int = 5,
+        timeout: float = 30.0,
+        api_key: str = "",
     ) -> None:
-        self._options = Options(address, tenant, attempts, timeout)
+        self._options = Options(address, tenant, attempts, timeout, api_key)
         self._channel = grpc.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
         self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)
 
@@ -73,7 +80,7 @@ class Client:
         generation = Generation(request, self._options)
         while not generation.finished:
             message, timeout = generation.attempt()
-            call = self._stub.Generate(message, timeout=timeout)
+            call = self._stub.Generate(message, timeout=timeout, metadata=self._options.metadata)
             try:
                 for each in call:
                     event = generation.accept(each)
@@ -157,7 +164,9 @@ class Client:
         retry = Retry(self._options)
         while True:
             try:
-                return method(request, timeout=self._options.timeout)
+                return method(
+                    request, timeout=self._options.timeout, metadata=self._options.metadata
+                )
             except grpc.RpcError as error:
                 pause = retry.pause_after(error)
             time.sleep(pause)

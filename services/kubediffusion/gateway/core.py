@@ -57,6 +57,8 @@ class Gateway:
         self._workers = ThreadPoolExecutor(self.config.worker_threads, "gateway-worker")
         self._delivery = Delivery(Fetcher(shm_dir=self.config.shm_dir), self._hooks, self._workers)
         self._results = Results(self.config.results, now)
+        # Why it cannot be known yet which workflows there are; empty as soon as it is.
+        self.unsynced = ""
         self._in_flight = 0
         self._stopping = False
         self._idle: asyncio.Future[None] | None = None
@@ -68,17 +70,23 @@ class Gateway:
         self.measures.start()
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
-        """Takes nothing new, gives what is under way so long to end, then ends it."""
-        self._stopping = True
-        if self.flights and drain_seconds > 0:
-            await self._drained(drain_seconds)
-        await self.jobs.stop()
-        for flight in list(self.flights):
-            flight.end(Unavailable("the gateway is shutting down; send the request again"))
+        """As `drain`, and then ends the gateway itself."""
+        await self.drain(drain_seconds)
         await self.fleet.stop()
         await self._delivery.close()
         self.measures.stop()
         self._workers.shutdown(wait=True, cancel_futures=True)
+
+    async def drain(self, seconds: float) -> None:
+        """Takes nothing new, gives what is under way so long to end, and then ends it: its clients
+        are told to send it again, for another gateway. Safe to call again."""
+        self._stopping = True
+        self.jobs.close()
+        if self.flights and seconds > 0:
+            await self._drained(seconds)
+        await self.jobs.stop()
+        for flight in list(self.flights):
+            flight.end(Unavailable("the gateway is shutting down; send the request again"))
 
     async def _drained(self, seconds: float) -> None:
         self._idle = asyncio.get_running_loop().create_future()
@@ -230,6 +238,7 @@ class Gateway:
     def _order(self, request: gateway_pb2.GenerateRequest) -> planning.Order:
         workflow = self.workflows.get(request.workflow)
         if workflow is None:
+            self._check_synced()
             known = ", ".join(sorted(self.workflows)) or "none"
             raise NotFound(
                 f"there is no workflow {request.workflow!r}; the gateway serves: {known}",
@@ -305,7 +314,13 @@ class Gateway:
     # ------------------------------------------------------------ what others ask
 
     def list_workflows(self) -> list[gateway_pb2.WorkflowInfo]:
+        """Raises Unavailable while nobody knows them."""
+        self._check_synced()
         return [describe_workflow(each, self.fleet) for each in self.workflows.values()]
+
+    def _check_synced(self) -> None:
+        if self.unsynced:
+            raise Unavailable(self.unsynced, reason="NotSynced")
 
     def status(self) -> gateway_pb2.GetStatusResponse:
         return describe_gateway(

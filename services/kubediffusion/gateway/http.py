@@ -24,11 +24,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kubediffusion.errors import Internal, KubeDiffusionError, NotFound, Unavailable
+from kubediffusion.gateway.keys import ApiKeys
 from kubediffusion.gateway.openai.body import BodyReader, ByteBudget
 from kubediffusion.gateway.openai.errors import Refused, error_response
 from kubediffusion.gateway.openai.fields import EditFields, GenerationFields
 from kubediffusion.gateway.openai.files import ImageStore
-from kubediffusion.gateway.openai.routes import ApiKeys, Generates, ImagesApi, StreamLimits
+from kubediffusion.gateway.openai.routes import Generates, ImagesApi, StreamLimits
+from kubediffusion.gateway.readiness import Readiness
 from kubediffusion.telemetry.logging import context
 from kubediffusion.telemetry.metrics import GatewayMetrics
 from kubediffusion.telemetry.tracing import PassThrough, Tracing
@@ -57,6 +59,7 @@ def build_app(
     *,
     api_keys: frozenset[str] | None = None,
     public_url: str = "",
+    readiness: Readiness | None = None,
     limits: HttpLimits | None = None,
     metrics: GatewayMetrics | None = None,
     tracing: Tracing | None = None,
@@ -65,11 +68,10 @@ def build_app(
     """The ASGI application over `gateway`.
 
     With `api_keys`, callers must bring one. `public_url` is where clients reach this application,
-    for answers by URL; without it the address of each request is taken.
+    for answers by URL; without it the address of each request is taken. Without a `readiness` of
+    its owner's it is ready as soon as there is a workflow.
     """
     limits = limits or HttpLimits()
-    if api_keys is not None and not all(api_keys):
-        raise ValueError("an API key must not be empty")
     budget = ByteBudget(limits.bodies_bytes)
     store = ImageStore(capacity=limits.store_bytes, ttl=limits.store_seconds, now=now)
 
@@ -95,15 +97,21 @@ def build_app(
         limits=limits.stream,
     )
     app.include_router(api.router())
-    _add_health(app, gateway)
+    _add_health(app, gateway, readiness)
     _add_images(app, store)
     _add_failures(app)
-    app.add_middleware(_PerRequest, metrics=metrics, tracing=tracing or PassThrough(), now=now)
+    app.add_middleware(
+        _PerRequest,
+        metrics=metrics,
+        tracing=tracing or PassThrough(),
+        readiness=readiness or Readiness(),
+        now=now,
+    )
     app.openapi = lambda: _openapi(app)
     return app
 
 
-def _add_health(app: FastAPI, gateway: Generates) -> None:
+def _add_health(app: FastAPI, gateway: Generates, readiness: Readiness | None) -> None:
     @app.get("/healthz", tags=["Health"])
     async def healthz() -> dict[str, str]:
         """The event loop turns."""
@@ -113,8 +121,10 @@ def _add_health(app: FastAPI, gateway: Generates) -> None:
     async def readyz() -> dict[str, Any]:
         """Requests can be sent. A workflow without running models is no obstacle: requests for it
         are held until they run, so it must not keep the gateway out of its Service."""
+        if readiness is not None and readiness.why:
+            raise Unavailable(readiness.why, reason="NotReady")
         workflows = gateway.list_workflows()
-        if not workflows:
+        if not workflows and readiness is None:
             raise Unavailable("no workflow is served yet", reason="NoWorkflows")
         return {"status": "ok", "workflows": {info.name: info.ready for info in workflows}}
 
@@ -170,11 +180,13 @@ class _PerRequest:
         *,
         metrics: GatewayMetrics | None,
         tracing: Tracing,
+        readiness: Readiness,
         now: Callable[[], float],
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._tracing = tracing
+        self._readiness = readiness
         self._now = now
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -193,7 +205,11 @@ class _PerRequest:
                 code = message["status"]
                 # The gateway's own id, where it is known and the caller has none.
                 known = own and getattr(request.state, "gateway_request_id", "")
-                MutableHeaders(scope=message)["X-Request-Id"] = known or request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = known or request_id
+                if self._readiness.why:
+                    # The next request of this client finds another gateway by a new connection.
+                    headers["Connection"] = "close"
             await send(message)
 
         with context(http_request=request_id), self._span(scope):

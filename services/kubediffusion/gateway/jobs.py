@@ -19,6 +19,7 @@ from kubediffusion.errors import (
     KubeDiffusionError,
     NotFound,
     Overloaded,
+    Unavailable,
 )
 from kubediffusion.gateway.config import JobLimits
 from kubediffusion.gateway.job_store import ENDED, JobStore, NewJob
@@ -26,6 +27,7 @@ from kubediffusion.gateway.results import body_digest
 from kubediffusion.v1alpha1 import gateway_pb2
 
 T = TypeVar("T")
+GOING = "the gateway is shutting down; ask another one"
 MAX_PAGE = 200
 DEFAULT_PAGE = 50
 
@@ -62,6 +64,7 @@ class Jobs:
         self._ended: dict[int, int] = {}
         self._submitting = asyncio.Lock()
         self._store: JobStore | None = None
+        self._closed = False
 
     async def start(self) -> None:
         """Opens the database and runs again what an earlier gateway left and may be run again."""
@@ -72,6 +75,13 @@ class Jobs:
         for job in await self._do(lambda store: store.interrupted()):
             self._begin(job)
         self._ended = await self._do(lambda store: store.ended())
+
+    def close(self) -> None:
+        """Takes no job and begins none: those that wait are left to the next gateway."""
+        self._closed = True
+        for job_id, task in self._active.items():
+            if job_id not in self._running:
+                task.cancel()
 
     async def stop(self) -> None:
         """Ends what runs; with a database that stays, jobs with a key go on at the next start."""
@@ -103,6 +113,8 @@ class Jobs:
         """Raises what the request itself is wrong in at once; Overloaded if too many wait."""
         await self._gateway.check(request)
         async with self._submitting:
+            if self._closed:
+                raise Unavailable(GOING)
             found = await self._find(request)
             if found is not None:
                 return found
@@ -264,5 +276,6 @@ class Jobs:
 
     async def _do(self, work: Callable[[JobStore], T]) -> T:
         store: Any = self._store
-        assert store is not None, "Jobs.start comes first"
+        if store is None:
+            raise Unavailable(GOING)
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, store)

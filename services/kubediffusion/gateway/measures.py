@@ -115,7 +115,7 @@ class Measures:
         up = len(gateway.fleet.states())
         metrics.nodes.labels("up").set(up)
         metrics.nodes.labels("unreachable").set(len(gateway.fleet.connections) - up)
-        for info in gateway.list_workflows():
+        for info in () if gateway.unsynced else gateway.list_workflows():
             metrics.workflow_ready.labels(info.name).set(info.ready)
         jobs = gateway.jobs.counts()
         for state, name in _JOB_STATES.items():

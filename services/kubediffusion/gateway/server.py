@@ -13,7 +13,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -23,6 +23,8 @@ from grpc_reflection.v1alpha import reflection
 from kubediffusion import rpc
 from kubediffusion.errors import Unavailable
 from kubediffusion.gateway.core import Gateway
+from kubediffusion.gateway.keys import ApiKeys
+from kubediffusion.gateway.readiness import Readiness
 from kubediffusion.gateway.service import GatewayService
 from kubediffusion.telemetry.metrics import serve_metrics
 from kubediffusion.telemetry.tracing import configure as configure_tracing
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
+LIVENESS = "liveness"
 MAX_CONCURRENT_RPCS = 4096
 
 
@@ -56,6 +59,25 @@ class Addresses:
     metrics: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """Seconds. `drain`: what is under way when the doors close may take so long to end."""
+
+    drain: float = 5.0
+    # What was answered may take so long to be read.
+    flush: float = 2.0
+
+    @property
+    def longest(self) -> float:
+        return self.drain + self.flush
+
+
+class Door(Protocol):
+    async def stop(self, seconds: float) -> None:
+        """Takes no connection and no new request; returns when those it has are answered, or cuts
+        them off after so many seconds."""
+
+
 @asynccontextmanager
 async def serve(
     gateway: Gateway,
@@ -64,13 +86,18 @@ async def serve(
     api_keys: frozenset[str] | None = None,
     public_url: str = "",
     drain_seconds: float = 5.0,
+    readiness: Readiness | None = None,
 ) -> AsyncIterator[Addresses]:
     """Serves a gateway that was started, as long as the context is open.
 
-    On the way out nothing new is taken, and what is under way has `drain_seconds` to end. Spans of
-    the requests go where the environment's OTEL_* says, if anywhere (see `telemetry.tracing`).
-    Raises Unavailable, reason PortInUse, naming the address.
+    On the way out nothing new is taken, and what is under way has `drain_seconds` to end; what has
+    not is told to go to another gateway. The gateway takes nothing any more then. With `api_keys`,
+    callers of both faces must bring one. Spans of the requests go where the environment's OTEL_*
+    says, if anywhere (see `telemetry.tracing`). Raises Unavailable, reason PortInUse, naming the
+    address.
     """
+    keys = None if api_keys is None else ApiKeys(api_keys)
+    open_doors: list[Door] = []
     async with AsyncExitStack() as stack:
         # All that was imported and built up to here stays: a full collection, which stops the
         # loop, need not walk it again.
@@ -80,15 +107,35 @@ async def serve(
         tracing = configure_tracing("kubediffusion-gateway")
         stack.push_async_callback(asyncio.to_thread, tracing.close)
         metrics = await _serve_metrics(gateway, doors.metrics, stack)
-        service = GatewayService(gateway, tracing)
-        grpc_address = await _serve_grpc(service, doors.grpc, drain_seconds, stack)
-        http = ""
+        stack.push_async_callback(_close, gateway, open_doors, Stopping(drain_seconds))
+        grpc_address = http = ""
+        if doors.grpc is not None:
+            door = GrpcDoor(GatewayService(gateway, tracing, keys), readiness or Readiness())
+            grpc_address = await door.open(doors.grpc)
+            open_doors.append(door)
         if doors.http is not None:
             app = functools.partial(
-                _http_app, gateway, tracing=tracing, api_keys=api_keys, public_url=public_url
+                _http_app,
+                gateway,
+                tracing=tracing,
+                api_keys=api_keys,
+                public_url=public_url,
+                readiness=readiness,
             )
-            http = await _serve_http(app, doors.http, stack)
+            http_door = HttpDoor()
+            http = await http_door.open(app, doors.http)
+            open_doors.append(http_door)
         yield Addresses(grpc_address, http, metrics)
+
+
+async def _close(gateway: Gateway, doors: list[Door], stopping: Stopping) -> None:
+    """The doors close first, and those who are inside already are given their time."""
+    closing = [asyncio.create_task(door.stop(stopping.longest)) for door in doors]
+    await asyncio.sleep(0)
+    try:
+        await gateway.drain(stopping.drain)
+    finally:
+        await asyncio.gather(*closing, return_exceptions=True)
 
 
 async def _serve_metrics(gateway: Gateway, address: str | None, stack: AsyncExitStack) -> str:
@@ -101,27 +148,53 @@ async def _serve_metrics(gateway: Gateway, address: str | None, stack: AsyncExit
     return f"{host}:{server.port}"
 
 
-async def _serve_grpc(
-    service: GatewayService, address: str | None, drain_seconds: float, stack: AsyncExitStack
-) -> str:
-    if address is None:
-        return ""
-    server = grpc.aio.server(
-        options=rpc.SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS
-    )
-    gateway_pb2_grpc.add_GatewayServicer_to_server(service, server)
-    health = HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
-    reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
-    bound = rpc.bind(server, address)
-    await server.start()
-    for name in ("", *names):
-        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    # In reverse: first say that no more is taken, then let what is under way end.
-    stack.push_async_callback(server.stop, drain_seconds)
-    stack.push_async_callback(health.enter_graceful_shutdown)
-    return bound
+class GrpcDoor:
+    """The gRPC face with health and reflection.
+
+    Health under "" and the service's name is readiness; under "liveness" it is always SERVING,
+    since only an event loop that turns can answer.
+    """
+
+    def __init__(self, service: GatewayService, readiness: Readiness) -> None:
+        self._service = service
+        self._readiness = readiness
+        self._health = HealthServicer()
+        self._server = grpc.aio.server(
+            options=rpc.SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS
+        )
+        self._telling: set[asyncio.Task[None]] = set()
+
+    async def open(self, address: str) -> str:
+        """Where it listens. Raises Unavailable."""
+        server = self._server
+        gateway_pb2_grpc.add_GatewayServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((SERVICE, health, reflection.SERVICE_NAME), server)
+        bound = rpc.bind(server, address)
+        await server.start()
+        for name in (LIVENESS, health):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._tell()
+        self._readiness.on_change = self._tell_soon
+        return bound
+
+    async def stop(self, seconds: float) -> None:
+        self._readiness.on_change = lambda: None
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.stop(seconds)
+
+    async def _tell(self) -> None:
+        kind = health_pb2.HealthCheckResponse
+        status = kind.NOT_SERVING if self._readiness.why else kind.SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    def _tell_soon(self) -> None:
+        task = asyncio.ensure_future(self._tell())
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
 
 
 def _http_app(gateway: Gateway, **options: Any) -> FastAPI:
@@ -130,27 +203,29 @@ def _http_app(gateway: Gateway, **options: Any) -> FastAPI:
     return build_app(gateway, metrics=gateway.measures.metrics, **options)
 
 
-async def _serve_http(app: Callable[[], FastAPI], address: str, stack: AsyncExitStack) -> str:
-    import uvicorn
+class HttpDoor:
+    """The HTTP face on uvicorn."""
 
-    listener = _listen(address)
-    stack.callback(listener.close)
-    config = uvicorn.Config(app(), log_config=None, access_log=False, lifespan="on", ws="none")
-    server = uvicorn.Server(config)
-    # The process' signals are its owner's.
-    serving = asyncio.create_task(_without_signals(server, listener), name="http")
+    async def open(self, app: Callable[[], FastAPI], address: str) -> str:
+        """Where it listens. Raises Unavailable."""
+        import uvicorn
 
-    async def stop() -> None:
-        server.should_exit = True
-        await asyncio.wait([serving], timeout=10.0)
-        serving.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
+        self._listener = listener = _listen(address)
+        config = uvicorn.Config(app(), log_config=None, access_log=False, lifespan="on", ws="none")
+        self._server = uvicorn.Server(config)
+        # The process' signals are its owner's.
+        self._serving = asyncio.create_task(_without_signals(self._server, listener), name="http")
+        if listener.family == socket.AF_UNIX:
+            return address
+        host, port = listener.getsockname()[:2]
+        return f"{host}:{port}"
 
-    stack.push_async_callback(stop)
-    if listener.family == socket.AF_UNIX:
-        return address
-    host, port = listener.getsockname()[:2]
-    return f"{host}:{port}"
+    async def stop(self, seconds: float) -> None:
+        self._server.should_exit = True
+        await asyncio.wait([self._serving], timeout=seconds)
+        self._serving.cancel()
+        await asyncio.gather(self._serving, return_exceptions=True)
+        self._listener.close()
 
 
 async def _without_signals(server: uvicorn.Server, listener: socket.socket) -> None:

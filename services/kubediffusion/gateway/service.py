@@ -4,12 +4,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
 import grpc.aio
 
 from kubediffusion import rpc
 from kubediffusion.errors import InvalidInput
 from kubediffusion.gateway.connections import PROTOCOL
 from kubediffusion.gateway.core import Gateway
+from kubediffusion.gateway.keys import ApiKeys
 from kubediffusion.telemetry.tracing import Tracing
 from kubediffusion.v1alpha1 import gateway_pb2, gateway_pb2_grpc
 
@@ -17,13 +22,25 @@ Context = grpc.aio.ServicerContext
 
 
 class GatewayService(gateway_pb2_grpc.GatewayServicer):
-    def __init__(self, gateway: Gateway, tracing: Tracing) -> None:
+    def __init__(self, gateway: Gateway, tracing: Tracing, keys: ApiKeys | None = None) -> None:
+        """With `keys`, callers must bring one in the metadata ``authorization``."""
         self._gateway = gateway
         self._tracing = tracing
+        self._keys = keys
+
+    @asynccontextmanager
+    async def _answering(self, context: Context, request: Any = None) -> AsyncIterator[None]:
+        """Around every method: who may call, as which tenant, and errors as a status."""
+        async with rpc.answering(context):
+            if self._keys is not None:
+                tenant = self._keys.tenant(_authorization(context))
+                if request is not None:
+                    request.tenant = tenant
+            yield
 
     async def Generate(self, request: gateway_pb2.GenerateRequest, context: Context) -> None:
         """A client that leaves cancels this handler, and so closes the events and the request."""
-        async with rpc.answering(context):
+        async with self._answering(context, request):
             _check_protocol(request)
             with self._tracing.span(
                 "Generate", request.traceparent, workflow=request.workflow
@@ -39,7 +56,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
     async def Submit(
         self, request: gateway_pb2.SubmitRequest, context: Context
     ) -> gateway_pb2.SubmitResponse:
-        async with rpc.answering(context):
+        async with self._answering(context, request.request):
             _check_protocol(request.request)
             return gateway_pb2.SubmitResponse(job=await self._gateway.jobs.submit(request.request))
         raise AssertionError("aborted")
@@ -47,28 +64,28 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
     async def Get(
         self, request: gateway_pb2.GetRequest, context: Context
     ) -> gateway_pb2.GetResponse:
-        async with rpc.answering(context):
+        async with self._answering(context):
             return gateway_pb2.GetResponse(job=await self._gateway.jobs.get(request.id))
         raise AssertionError("aborted")
 
     async def List(
         self, request: gateway_pb2.ListRequest, context: Context
     ) -> gateway_pb2.ListResponse:
-        async with rpc.answering(context):
+        async with self._answering(context, request):
             return await self._gateway.jobs.list(request)
         raise AssertionError("aborted")
 
     async def Cancel(
         self, request: gateway_pb2.CancelRequest, context: Context
     ) -> gateway_pb2.CancelResponse:
-        async with rpc.answering(context):
+        async with self._answering(context):
             return gateway_pb2.CancelResponse(job=await self._gateway.jobs.cancel(request.id))
         raise AssertionError("aborted")
 
     async def ListWorkflows(
         self, request: gateway_pb2.ListWorkflowsRequest, context: Context
     ) -> gateway_pb2.ListWorkflowsResponse:
-        async with rpc.answering(context):
+        async with self._answering(context):
             workflows = self._gateway.list_workflows()
             return gateway_pb2.ListWorkflowsResponse(workflows=workflows)
         raise AssertionError("aborted")
@@ -76,9 +93,16 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
     async def GetStatus(
         self, request: gateway_pb2.GetStatusRequest, context: Context
     ) -> gateway_pb2.GetStatusResponse:
-        async with rpc.answering(context):
+        async with self._answering(context):
             return self._gateway.status()
         raise AssertionError("aborted")
+
+
+def _authorization(context: Context) -> str:
+    for name, value in context.invocation_metadata() or ():
+        if name == "authorization" and isinstance(value, str):
+            return value
+    return ""
 
 
 def _check_protocol(request: gateway_pb2.GenerateRequest) -> None:

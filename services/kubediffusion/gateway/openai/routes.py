@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +13,8 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from kubediffusion.errors import InvalidInput, KubeDiffusionError, Unauthenticated
+from kubediffusion.errors import InvalidInput, KubeDiffusionError
+from kubediffusion.gateway.keys import ApiKeys
 from kubediffusion.gateway.openai import responses
 from kubediffusion.gateway.openai.body import BodyReader, off_loop
 from kubediffusion.gateway.openai.errors import ErrorBody
@@ -54,27 +53,6 @@ class StreamLimits:
     keepalive_seconds: float = 15.0
     # A client that takes nothing for so long has left.
     send_seconds: float = 60.0
-
-
-class ApiKeys:
-    """The keys that open the gateway; the tenant of a request is its key's fingerprint, so that
-    no caller can pass for another."""
-
-    def __init__(self, keys: frozenset[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in sorted(keys)]
-
-    def tenant(self, authorization: str) -> str:
-        """Raises Unauthenticated."""
-        scheme, _, key = authorization.partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).digest()
-        # No early way out: the time taken must not tell which key came close.
-        known = [hmac.compare_digest(digest, ours) for ours in self._digests]
-        if scheme.lower() != "bearer" or not any(known):
-            raise Unauthenticated(
-                "incorrect or missing API key; send it as 'Authorization: Bearer KEY'",
-                reason="InvalidApiKey",
-            )
-        return f"key-{digest.hex()[:16]}"
 
 
 class ImagesApi:
