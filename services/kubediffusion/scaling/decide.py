@@ -27,25 +27,19 @@ def decide(
 
     The limits hold whatever the demand is, what is known of it, and how fast one may go.
     """
-    current = observation.current
+    current, hindrance = observation.current, ""
     wanted, reason = _wanted(observation, limits)
-    stable = stabilized(wanted, current, limits, history, now)
-    if stable != wanted:
-        reason = Reason.STABILIZING
-    bounded = max(limits.minimum, min(limits.maximum, stable))
-    if bounded != stable:
-        reason = Reason.AT_MAXIMUM if bounded < stable else Reason.AT_MINIMUM
-    limited = rate_limited(bounded, current, limits, history, now)
-    if limited != bounded:
-        reason = Reason.RATE_LIMITED
-    if limited > current and _in_vain(observation):
-        limited, reason = current, Reason.CANNOT_START
-    replicas = max(limits.minimum, min(limits.maximum, limited))
-    if current < limits.minimum == replicas:
-        reason = Reason.BELOW_MINIMUM
-    elif current > limits.maximum == replicas:
-        reason = Reason.ABOVE_MAXIMUM
-    return Decision(replicas, wanted, reason, _message(observation, limits, wanted))
+    replicas, brake = _braked(wanted, current, limits, history, now)
+    if replicas > current and _in_vain(observation):
+        replicas, brake = current, Reason.CANNOT_START
+        hindrance = f"replicas cannot start ({observation.stuck_reason}): more would not help"
+    replicas = max(limits.minimum, min(limits.maximum, replicas))
+    message = _message(observation, limits, wanted)
+    if brake is not None:
+        reason, message = brake, f"{message}; {brake.value}: {replicas} for now"
+    if replicas != current:
+        reason = _change(current, replicas, limits)
+    return Decision(replicas, wanted, reason, message, hindrance)
 
 
 def _wanted(observation: Observation, limits: Limits) -> tuple[int, Reason]:
@@ -56,11 +50,32 @@ def _wanted(observation: Observation, limits: Limits) -> tuple[int, Reason]:
     wanted = _by_demand(observation, limits)
     if metrics.state is MetricState.PARTIAL and wanted <= current:
         return current, Reason.METRICS_PARTIAL
-    if wanted == current:
-        return wanted, Reason.STEADY
-    if wanted < current:
-        return wanted, Reason.TO_ZERO if wanted == 0 else Reason.FELL
-    return wanted, Reason.ACTIVATED if current == 0 else Reason.ROSE
+    return wanted, Reason.STEADY
+
+
+def _braked(
+    wanted: int, current: int, limits: Limits, history: ScalingHistory, now: float
+) -> tuple[int, Reason | None]:
+    """What of it is to be now, and what is in the way of the rest."""
+    brake = None
+    stable = stabilized(wanted, current, limits, history, now)
+    if stable != wanted:
+        brake = Reason.STABILIZING
+    bounded = max(limits.minimum, min(limits.maximum, stable))
+    if bounded != stable:
+        brake = Reason.AT_MAXIMUM if bounded < stable else Reason.AT_MINIMUM
+    limited = rate_limited(bounded, current, limits, history, now)
+    return limited, brake if limited == bounded else Reason.RATE_LIMITED
+
+
+def _change(current: int, replicas: int, limits: Limits) -> Reason:
+    if current < limits.minimum == replicas:
+        return Reason.BELOW_MINIMUM
+    if current > limits.maximum == replicas:
+        return Reason.ABOVE_MAXIMUM
+    if replicas > current:
+        return Reason.ROSE if current else Reason.ACTIVATED
+    return Reason.FELL if replicas else Reason.TO_ZERO
 
 
 def _by_demand(observation: Observation, limits: Limits) -> int:

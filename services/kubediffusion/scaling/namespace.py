@@ -81,16 +81,15 @@ def _final(
     """What the model gets, and why it is not what it would have got alone."""
     if granted == alone.replicas:
         return alone
-    current = case.observation.current
+    of_all = f"the {budget.bound} GPUs for models here"
     if granted < allocated:
-        reason, why = Reason.WAITING_FOR_GPUS, "pods that are ending still hold GPUs"
-    elif granted < current:
-        reason, why = Reason.BUDGET_SHARED, "others have no replica at all, or need them more"
+        reason, why = Reason.WAITING_FOR_GPUS, f"pods that are ending still hold some of {of_all}"
+    elif granted < case.observation.current:
+        reason, why = Reason.BUDGET_SHARED, f"{of_all} are needed more by others"
     else:
-        reason, why = Reason.BUDGET, "and no more are free"
-    text = f"{alone.message}; {alone.replicas} would take {alone.replicas * case.gpus} GPUs"
-    text += f" of the {budget.bound} for models here: {why}"
-    return replace(alone, replicas=granted, reason=reason, message=text)
+        reason, why = Reason.BUDGET, f"no more of {of_all} are free"
+    text = f"{alone.message}; {alone.replicas} would take {alone.replicas * case.gpus} GPUs: {why}"
+    return replace(alone, replicas=granted, reason=reason, message=text, hindrance=why)
 
 
 def _blocked(case: ModelCase, alone: Decision, why: str) -> Decision:
@@ -99,6 +98,7 @@ def _blocked(case: ModelCase, alone: Decision, why: str) -> Decision:
         replicas=case.observation.current,
         reason=Reason.ACTIVATION_BLOCKED,
         message=f"{alone.message}; {why}",
+        hindrance=why,
     )
 
 

@@ -153,12 +153,14 @@ class Reason(Enum):
 @dataclass(frozen=True, slots=True)
 class Decision:
     """`wanted` is what the demand alone asks for: the recommendation that later decisions
-    remember. `message` has the numbers behind `replicas`."""
+    remember. `message` has the numbers behind `replicas`; `hindrance` says what keeps the model
+    from more, without the numbers of the moment."""
 
     replicas: int
     wanted: int
     reason: Reason
     message: str
+    hindrance: str = ""
 
 
 @dataclass(frozen=True, slots=True)

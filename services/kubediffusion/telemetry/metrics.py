@@ -284,6 +284,15 @@ class OperatorMetrics:
         self.residency_calls = counter(
             "residency_calls", "Plans sent to nodes, by how it went.", "outcome"
         )
+        self.autoscale_seconds = seconds(
+            "autoscale", "One round of the autoscaler, all namespaces.", "outcome"
+        )
+        self.autoscaled_models = gauge(
+            "autoscaled_models",
+            "Models that the autoscaler scales, by how far their demand is known.",
+            "state",
+        )
+        self.scalings = counter("scalings", "Changes of a model's replicas, by why.", "reason")
         for gauges in (self.workflows, self.models):
             for state in READINESS:
                 gauges.labels(state).set(0)

@@ -64,9 +64,10 @@ def settled(replicas: int) -> ScalingHistory:
         (1, 6, 3, Reason.ROSE),
         (2, 3.6, 2, Reason.STEADY),
         (2, 7, 4, Reason.ROSE),
-        (1, 100, 5, Reason.RATE_LIMITED),  # 4 pods are more than 100 % of 1
-        (6, 100, 12, Reason.RATE_LIMITED),  # 100 % of 6 are more than 4 pods
-        (15, 100, 20, Reason.AT_MAXIMUM),
+        (1, 100, 5, Reason.ROSE),  # 4 pods are more than 100 % of 1
+        (6, 100, 12, Reason.ROSE),  # 100 % of 6 are more than 4 pods
+        (15, 100, 20, Reason.ROSE),
+        (20, 100, 20, Reason.AT_MAXIMUM),
         (0, 1, 1, Reason.ACTIVATED),
         (0, 0.01, 1, Reason.ACTIVATED),
         (0, 7, 4, Reason.ACTIVATED),
@@ -129,7 +130,8 @@ def test_rates_count_what_was_done_within_the_period():
 def test_the_slowest_policy_where_it_is_selected():
     up = Rules(0.0, UP.policies, Select.MIN)
     decision = decide(at(1, demand=40), replace(WIDE, up=up), settled(1), NOW)
-    assert (decision.replicas, decision.reason) == (2, Reason.RATE_LIMITED)
+    assert (decision.replicas, decision.reason) == (2, Reason.ROSE)
+    assert decision.message.endswith("RateLimited: 2 for now")
 
 
 @pytest.mark.parametrize(("current", "demand"), [(0, 8), (1, 8), (5, 0)])
