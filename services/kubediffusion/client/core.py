@@ -26,6 +26,7 @@ FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 2.0
 # The gateway answers a missed deadline itself, and better; this is for one that does not answer.
 DEADLINE_GRACE_SECONDS = 5.0
+_NUMERICS = {"exact": node_pb2.NUMERICS_EXACT, "fast": node_pb2.NUMERICS_FAST}
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ def build_request(
             request.deadline_ms = round(deadline * 1000)
     if numerics:
         try:
-            request.numerics = node_pb2.Numerics.Value(f"NUMERICS_{numerics.upper()}")
-        except ValueError:
+            request.numerics = _NUMERICS[numerics]
+        except KeyError:
             raise InvalidInput('must be "exact" or "fast"', field="numerics") from None
     return request
 
