@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +103,7 @@ class LocalRuntime:
 
     def generate(
         self, request: gateway_pb2.GenerateRequest
-    ) -> AsyncIterator[gateway_pb2.GenerateEvent]:
+    ) -> AsyncGenerator[gateway_pb2.GenerateEvent, None]:
         """See Gateway.generate."""
         return self.gateway.generate(request)
 
