@@ -6,8 +6,10 @@
     builtin://tiny-sd3          a model that comes with this package
     hf://org/name[/sub/folder]  a repository of the Hugging Face Hub, at a pinned revision
 
-Downloads go into huggingface_hub's cache: a connection that breaks is taken up where it broke,
-files are shared by all processes of a machine, and serve without a network. ``HF_TOKEN``,
+Downloads go into huggingface_hub's cache: files are shared by all processes of a machine, and serve
+without a network. huggingface_hub itself takes a download up where its connection ended or timed
+out; what it gives up at, a reset connection or an error of the server, is tried again here, a
+little later each time, and then only whole files are kept. ``HF_TOKEN``,
 ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` mean what they mean everywhere. Only
 safetensors, JSON and tokenizer files are ever fetched.
 """
@@ -16,7 +18,9 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
@@ -35,10 +39,15 @@ from kubediffusion.errors import (
 # Not called where nothing has to be fetched.
 Progress = Callable[[int, int], None]
 
+log = logging.getLogger(__name__)
+
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 _PACKAGE = Path(__file__).parent
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)*")
+# Seconds between attempts, and the HTTP status after which there is another.
+_PAUSES = (1.0, 2.0, 4.0)
+_PASSING = (500, 502, 503, 504)
 _REVISION = re.compile(r"\w[\w.\-+@]*(/\w[\w.\-+@]*)*")
 
 
@@ -182,8 +191,6 @@ def _builtin(rest: str) -> Path:
 def _open_hub(
     rest: str, revision: str, subfolder: str, allow: Sequence[str], progress: Progress | None
 ) -> LocalSource:
-    from huggingface_hub import snapshot_download
-
     org, name, *below = [*rest.split("/"), ""]
     if not name:
         raise InvalidInput(f"hf://{rest}: write hf://org/name", field="uri")
@@ -192,21 +199,32 @@ def _open_hub(
     repo = f"{org}/{name}"
     folder = "/".join(part for part in (*below, subfolder) if part)
     patterns = _patterns(f"{escape(folder)}/" if folder else "", allow)
-    try:
-        snapshot = Path(
-            snapshot_download(
-                repo,
-                revision=revision or None,
-                allow_patterns=patterns,
-                tqdm_class=_bars(progress or (lambda done, total: None)),
-            )
-        )
-        commit = snapshot.name if _COMMIT.fullmatch(snapshot.name) else ""
-        path = snapshot / folder
-        if not path.exists():
-            _keep_empty(path, repo, folder, commit)
-    except Exception as error:
-        raise _hub_error(f"hf://{rest}", revision, error) from error
+    counter = _Counter(progress or (lambda done, total: None))
+    bars = _bars(counter)
+    for pause in (*_PAUSES, None):
+        try:
+            source = _fetch(repo, revision, folder, patterns, bars)
+            break
+        except Exception as error:
+            problem = _hub_error(f"hf://{rest}", revision, error)
+            if pause is None or not _may_pass(problem, error):
+                raise problem from error
+            log.warning("%s; again in %g s", problem, pause)
+        time.sleep(pause)
+    counter.finish()
+    return source
+
+
+def _fetch(repo: str, revision: str, folder: str, patterns: list[str], bars: Any) -> LocalSource:
+    from huggingface_hub import snapshot_download
+
+    snapshot = Path(
+        snapshot_download(repo, revision=revision or None, allow_patterns=patterns, tqdm_class=bars)
+    )
+    commit = snapshot.name if _COMMIT.fullmatch(snapshot.name) else ""
+    path = snapshot / folder
+    if not path.exists():
+        _keep_empty(path, repo, folder, commit)
     return LocalSource(path, commit)
 
 
@@ -259,12 +277,16 @@ class _Counter:
                 self._told = (done, total)
                 self._progress(done, total)
 
+    def finish(self) -> None:
+        """All is there. An attempt that failed had counted bytes which the next one skipped."""
+        done, total = self._told
+        if done < total:
+            self._progress(total, total)
 
-def _bars(progress: Progress) -> Any:
+
+def _bars(counter: _Counter) -> Any:
     """The class of bars that huggingface_hub updates: they tell instead of drawing."""
     from tqdm import tqdm
-
-    counter = _Counter(progress)
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -287,12 +309,10 @@ def _hub_error(uri: str, revision: str, error: Exception) -> Exception:
     """What went wrong and what to do. huggingface_hub hides a cause behind "not in the cache"."""
     if isinstance(error, KubeDiffusionError):
         return error
-    chain: list[BaseException] = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
+    chain = _causes(error)
     # By name: its HTTP library, and so the classes of its errors, differ from version to version.
     kinds = {kind.__name__ for each in chain for kind in type(each).__mro__}
-    status = max(getattr(getattr(each, "response", None), "status_code", 0) for each in chain)
+    status = _status(chain)
     numbers = {each.errno for each in chain if isinstance(each, OSError)}
     if numbers & {errno.ENOSPC, errno.EDQUOT}:
         reason, text = "DiskFull", "the disk of the model cache is full; free some, or set HF_HOME"
@@ -312,7 +332,7 @@ def _hub_error(uri: str, revision: str, error: Exception) -> Exception:
         text = "there is no such repository, or HF_TOKEN may not see it; check the name"
     elif "HFValidationError" in kinds:
         return InvalidInput(f"{uri}: {error}", field="uri")
-    elif kinds & {"RemoteProtocolError", "ReadError", "XetDownloadError"} or (
+    elif kinds & {"RemoteProtocolError", "ReadError", "WriteError", "XetDownloadError"} or (
         "onsistency check" in str(error)
     ):
         reason = "Truncated"
@@ -327,3 +347,23 @@ def _hub_error(uri: str, revision: str, error: Exception) -> Exception:
     else:
         return error
     return SourceUnavailable(f"{uri}: {text}", field="uri", reason=reason)
+
+
+def _may_pass(problem: Exception, error: Exception) -> bool:
+    """Whether the Hub, which is there, may do better in a moment. Without a network nothing will,
+    and whoever waits shall know at once."""
+    if not isinstance(problem, SourceUnavailable):
+        return False
+    return problem.reason == "Truncated" or _status(_causes(error)) in _PASSING
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    return chain
+
+
+def _status(chain: Sequence[BaseException]) -> int:
+    """Of the answer that an error came with; 0 where there was none."""
+    return max(getattr(getattr(each, "response", None), "status_code", 0) for each in chain)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import SHUT_RDWR, socket
+from socket import SHUT_RDWR, SO_LINGER, SOL_SOCKET, socket
 from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -53,6 +54,8 @@ class Hub:
     status: int = 0  # given: the answer to everything
     cut_at: int | None = None  # the first answer with a large file's bytes breaks off here
     cut_always: bool = False
+    cut_resets: bool = False  # by a reset of the connection, not by its end
+    resets: int = 0  # so many requests more get a reset for an answer
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     url: str = ""
     storage: str = ""
@@ -116,6 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.hub.requests.append((self.command, path, headers))
+        if self.hub.resets:
+            self.hub.resets -= 1
+            return self._reset()
         if self.hub.status:
             return self._answer(self.hub.status)
         if path.startswith("/storage/"):
@@ -169,9 +175,18 @@ class _Handler(BaseHTTPRequestHandler):
             if not self.hub.cut_always:
                 self.hub.cut_at = None
             self._answer(status, body, headers | {"Content-Length": str(whole)})
+            if self.hub.cut_resets:
+                self._reset()
             self.close_connection = True
             return
         self._answer(status, body, headers)
+
+    def _reset(self) -> None:
+        self.close_connection = True
+        linger = struct.pack("ii", 1, 0)  # for no time at all: what was not sent is dropped
+        self.connection.setsockopt(SOL_SOCKET, SO_LINGER, linger)
+        self.rfile.close()
+        self.connection.close()
 
     def _json(self, value: object) -> None:
         self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -96,9 +96,12 @@ def test_without_the_token_access_is_refused(hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("status", "reason"), [(401, "Unauthorized"), (403, "Unauthorized"), (503, "Offline")]
 )
-def test_a_refusal_is_told_by_its_kind(hub: Hub, status: int, reason: str) -> None:
+def test_a_refusal_is_told_by_its_kind(
+    hub: Hub, pauses: list[float], status: int, reason: str
+) -> None:
     hub.status = status
     assert reason_of(lambda: sources.open(URI, "main")) == reason
+    assert len(pauses) == (3 if status == 503 else 0)  # a refusal is not asked for again
 
 
 def test_what_does_not_exist_is_told_by_its_kind(hub: Hub) -> None:
@@ -110,10 +113,7 @@ def test_what_does_not_exist_is_told_by_its_kind(hub: Hub) -> None:
     assert reason_of(lambda: sources.open(URI, subfolder="nowhere")) == "SourceNotFound"
 
 
-def test_a_download_cut_in_the_middle_goes_on_from_there(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+def test_a_download_cut_in_the_middle_goes_on_from_there(hub: Hub, pauses: list[float]) -> None:
     hub.cut_at = 12 * CHUNK + 345
     told: list[tuple[int, int]] = []
     source = sources.open(URI, progress=lambda *so_far: told.append(so_far))
@@ -123,10 +123,48 @@ def test_a_download_cut_in_the_middle_goes_on_from_there(
     assert_progress(told, hub)
 
 
-def test_a_download_that_never_comes_whole_is_told_and_leaves_nothing_behind(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_connection_reset_in_the_middle_of_a_file_is_tried_again(
+    hub: Hub, pauses: list[float]
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    hub.cut_at, hub.cut_resets = 12 * CHUNK + 345, True
+    told: list[tuple[int, int]] = []
+    source = sources.open(URI, progress=lambda *so_far: told.append(so_far))
+    assert (source.path / WEIGHTS).read_bytes() == FILES[WEIGHTS]
+    assert pauses == [1.0]
+    assert told[-1][0] == told[-1][1]
+    assert_never_falls(told)
+
+
+@pytest.mark.parametrize("resets", [1, 2, 3])
+def test_requests_that_get_a_reset_are_sent_again_after_growing_pauses(
+    hub: Hub, pauses: list[float], resets: int
+) -> None:
+    hub.resets = resets
+    index = sources.read_index(URI)
+    assert index.commit == COMMIT
+    assert pauses == [1.0, 2.0, 4.0][:resets]
+
+
+def test_a_hub_that_resets_every_connection_is_given_up(hub: Hub, pauses: list[float]) -> None:
+    hub.resets = 1000
+    assert reason_of(lambda: sources.open(URI)) == "Truncated"
+    assert pauses == [1.0, 2.0, 4.0]
+
+
+def test_a_hub_that_is_down_for_a_moment_is_asked_again(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        hub.status = 0
+
+    monkeypatch.setattr("time.sleep", sleep)
+    hub.status = 502
+    assert sources.open(URI).commit == COMMIT
+
+
+def test_a_download_that_never_comes_whole_is_told_and_leaves_nothing_behind(
+    hub: Hub, tmp_path: Path, pauses: list[float]
+) -> None:
     hub.cut_at, hub.cut_always = 0, True
     assert reason_of(lambda: sources.open(URI)) == "Truncated"
     assert not list(tmp_path.rglob("*.incomplete"))
@@ -147,6 +185,10 @@ def test_progress_never_falls_and_ends_at_the_total(hub: Hub) -> None:
 def assert_progress(told: list[tuple[int, int]], hub: Hub) -> None:
     size = sum(len(FILES[name]) for name in hub.fetched())
     assert told[-1] == (size, size)
+    assert_never_falls(told)
+
+
+def assert_never_falls(told: list[tuple[int, int]]) -> None:
     assert all(done <= total for done, total in told)
     for first, second in pairwise(told):
         assert second[0] >= first[0]
