@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from kubediffusion.cluster.api import Api
 from kubediffusion.telemetry.metrics import READINESS, MetricsServer, OperatorMetrics, serve_metrics
+from kubediffusion_operator.autoscaler import Autoscaler, Prometheus
 from kubediffusion_operator.cluster import Cluster
 from kubediffusion_operator.events import Recorder
 from kubediffusion_operator.flags import Options
@@ -44,11 +45,14 @@ class Operator:
         self.writer = Writer(api, self.cluster, self.metrics)
         self.resolver = Resolver(self._mark, self.metrics)
         self.residency = Residency(self._mark, self.metrics, now=now)
+        scaler = self.writer.as_manager(SCALER)
+        self._prometheus = Prometheus.configured(config.prometheus)
+        self._autoscaler = Autoscaler(config, self.cluster, scaler, self.metrics, self._prometheus)
         self._reconciler = Reconciler(
             config,
             self.cluster,
             self.writer,
-            self.writer.as_manager(SCALER),
+            scaler,
             Recorder(self.writer, os.environ.get("POD_NAME") or socket.gethostname(), now=now),
             self.resolver,
             self.residency,
@@ -73,6 +77,7 @@ class Operator:
         for kind, watch in self.cluster.watch(self._api, config.namespace).items():
             self._run(f"watch of {kind}", watch.run())
         self._run("planning", self._plan_when_synced())
+        self._run("autoscaler", self._autoscaler.run())
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -84,6 +89,8 @@ class Operator:
         await self._health_server.stop()
         if self._metrics_server is not None:
             self._metrics_server.close()
+        if self._prometheus is not None:
+            await self._prometheus.close()
         await self._api.close()
 
     # ------------------------------------------------------------ what runs

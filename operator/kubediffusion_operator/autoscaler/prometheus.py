@@ -14,6 +14,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from kubediffusion.errors import InvalidInput, Unavailable
+from kubediffusion_operator.config import Prometheus as Configured
 
 
 class PrometheusUnavailable(Unavailable):
@@ -76,6 +77,18 @@ class Prometheus:
             trust_env=False,
             verify=_trust(ca_file),
             limits=httpx.Limits(max_connections=8, keepalive_expiry=60.0),
+        )
+
+    @classmethod
+    def configured(cls, config: Configured) -> Self | None:
+        """None without an address. Raises InvalidInput."""
+        if not config.url:
+            return None
+        return cls(
+            config.url,
+            bearer_token_file=config.bearer_token_file,
+            ca_file=config.ca_file,
+            timeout=config.timeout_seconds,
         )
 
     async def __aenter__(self) -> Self:
