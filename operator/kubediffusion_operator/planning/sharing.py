@@ -249,11 +249,13 @@ def _plain(value: object) -> Any:
 
 
 def _filled(value: Any) -> Any:
-    """Without maps and lists that hold nothing."""
+    """Without texts, maps and lists that hold nothing."""
+    if isinstance(value, list):
+        return [_filled(item) for item in cast("list[Any]", value)]
     if not isinstance(value, dict):
         return value
     entries = cast("dict[str, Any]", value).items()
-    return {key: _filled(item) for key, item in entries if item not in ({}, [])}
+    return {key: _filled(item) for key, item in entries if item not in ({}, [], "")}
 
 
 def _camel(name: str) -> str:

@@ -65,6 +65,8 @@ class World:
         # Kinds of failure of the pods of a model or pool, and models that never get ready.
         self.broken: dict[str, Object] = {}
         self.unready: set[str] = set()
+        # Bytes by model.
+        self.sizes: dict[str, int] = {}
         self._counter = 0
 
     # ------------------------------------------------------------ users
@@ -215,14 +217,14 @@ class World:
         self.edit("Pod", name, status=status)
         return ok
 
-    def answer(self, made: Plan, **sizes: int) -> None:
-        """Nodes do what they are told. `sizes` are bytes by model; 0 fails for lack of memory."""
+    def answer(self, made: Plan) -> None:
+        """Nodes do what they are told."""
         for write in made.residency:
             models = tuple(
                 ModelReport(
                     spec["identity"],
                     "READY",
-                    nbytes=sizes.get(spec["identity"], 1),
+                    nbytes=self.sizes.get(spec["identity"], 1),
                     digest=f"digest of {spec['uri']}",
                 )
                 for spec in write.content["models"]
