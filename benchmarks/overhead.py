@@ -27,7 +27,7 @@ from kubediffusion.v1alpha1 import gateway_pb2, gateway_pb2_grpc, tensor_pb2
 
 SEQUENTIAL = 50  # requests one after the other, for one figure of latency
 CONCURRENT = 16  # clients at a time, for one figure of throughput
-REQUESTS = 320
+REQUESTS = 640
 MAX_ADDED_MS = 10.0
 MIN_SHARE = 0.6
 

@@ -112,10 +112,6 @@ class _Node(node_pb2_grpc.ModelNodeServicer):
                 yield _LOAD
             key, stage = request.assign.key, request.assign.stage
             yield node_pb2.WorkEvent(accepted=node_pb2.Accepted(key=key))
-            if stage == "denoise":
-                yield node_pb2.WorkEvent(
-                    progress=node_pb2.Progress(key=key, step=1, total_steps=1, seconds=0.001)
-                )
             port, value = _OUTPUTS[stage]
             yield node_pb2.WorkEvent(
                 done=node_pb2.Done(key=key, outputs={port: value}, timing=_TIMING)
@@ -197,7 +193,7 @@ class _Gateway(gateway_pb2_grpc.GatewayServicer):
             async for kind in stream.events(request_id, stage):
                 if kind == "accepted":
                     yield event(started=gateway_pb2.Started(stage=stage, node="node"))
-                elif kind == "progress":
+                elif stage == "denoise":  # a node tells of the last step by its result
                     yield event(stepped=gateway_pb2.Stepped(step=1, total_steps=1))
         for stream in self._streams:
             stream.release(request_id)

@@ -216,6 +216,8 @@ class ImageRun:
             self.task_lost(attempt, "Internal", f"output {missing[0]!r} is not in Done")
             return
         self._started(attempt)
+        if task.step < planned.steps:  # nodes tell of the last step by its result
+            self._listener.stepped(self, planned.steps, planned.steps)
         self._leave(attempt)
         task.status = TaskStatus.DONE
         task.outputs = body.outputs

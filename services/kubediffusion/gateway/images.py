@@ -76,7 +76,8 @@ def _frames(image: Image.Image) -> int:
 
 def to_image(pixels: np.ndarray, shape: Sequence[int]) -> Image.Image:
     """uint8 bytes of shape (height, width, 3), as a node's decode stage gives them."""
-    return Image.fromarray(pixels.reshape(tuple(shape)))
+    height, width, _ = shape
+    return Image.frombytes("RGB", (width, height), pixels.tobytes())
 
 
 def encode_png(image: Image.Image) -> bytes:

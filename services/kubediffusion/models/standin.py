@@ -68,7 +68,7 @@ class Standin:
         text = inputs.get("text")
         if not isinstance(text, str):
             raise InvalidInput("it must be a text", field="text")
-        return {"embeds": _number(_digest(text.encode())), "pooled": torch.zeros(1, WIDTH)}
+        return {"embeds": _number(_digest(text.encode())), "pooled": _POOLED}
 
 
 class StandinDenoising:
@@ -92,7 +92,7 @@ class StandinDenoising:
         self.state = (self.state * 48271 + self._step) % _MODULUS
 
     def checkpoint(self) -> CheckpointState:
-        return CheckpointState(self._step, self._total, {"latents": _number(self.state)})
+        return CheckpointState(self._step, self._total, {"latents": torch.tensor([self.state])})
 
     def preview(self) -> np.ndarray:
         return _picture(self.state)
@@ -118,7 +118,7 @@ class StandinDenoiser(Standin):
         state = 0
         for name in sorted(inputs):
             value = inputs[name]
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor | np.ndarray):
                 value = value.sum().item()
             state = (state * 31 + _digest(f"{name}={value!r}".encode())) % _MODULUS
         for lora in loras:
@@ -151,13 +151,13 @@ def _digest(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:4], "little") % _MODULUS
 
 
-def _number(value: int) -> torch.Tensor:
-    return torch.tensor([value], dtype=torch.int64)
+def _number(value: int) -> np.ndarray:
+    return np.array([value], np.int64)
 
 
-def _tensor(inputs: Mapping[str, PortValue], name: str) -> torch.Tensor:
+def _tensor(inputs: Mapping[str, PortValue], name: str) -> torch.Tensor | np.ndarray:
     value = inputs.get(name)
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor | np.ndarray):
         raise InvalidInput("it must be a tensor", field=name)
     return value
 
@@ -166,6 +166,7 @@ def _picture(state: int) -> np.ndarray:
     return np.random.default_rng(state).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
 
 
+_POOLED = np.zeros((1, WIDTH), np.float32)
 _STAGES = {
     "text_encoder": ("encode",),
     "text_encoder_2": ("encode",),

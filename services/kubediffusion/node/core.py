@@ -245,7 +245,7 @@ class Node:
     def progressed(self, task: Task, step: int, total_steps: int, seconds: float) -> None:
         if task.ended:
             return
-        self._child(self._metrics.denoise_steps, task.assign.model).inc()
+        self.reporter.count_steps(task)
         progress = node_pb2.Progress(
             key=task.key, step=step, total_steps=total_steps, seconds=seconds
         )

@@ -35,6 +35,9 @@ from kubediffusion.scheduling.order import FairShare, Limits, next_batch
 from kubediffusion.tensors import TensorStore
 from kubediffusion.v1alpha1 import node_pb2, tensor_pb2
 
+# Progress of a lease, at most so often: every word of it takes the interpreter from the device.
+TELL_SECONDS = 0.1
+
 T = TypeVar("T")
 Outputs = dict[str, tensor_pb2.Value]
 
@@ -355,12 +358,14 @@ class Device:
             if step >= total:
                 outputs = self._outputs(task, denoising.finish())
                 self._drop(task)
-                self._post(self._listener.progressed, task, step, total, task.run_seconds)
                 self._post(self._listener.done, task, outputs)
                 return
             if not stepped:
                 return
-            self._post(self._listener.progressed, task, step, total, task.run_seconds)
+            now = self._now()
+            if now - task.told >= TELL_SECONDS:
+                task.told = now
+                self._post(self._listener.progressed, task, step, total, task.run_seconds)
             if lease.preview_every and step % lease.preview_every == 0:
                 image = ports.inline(f"{task.prefix}/preview/{step}", denoising.preview())
                 self._post(self._listener.previewed, task, step, image)

@@ -35,8 +35,10 @@ class Inputs:
 
     def check(self, assign: node_pb2.Assign, spec: node_pb2.ModelSpec) -> None:
         """Raises InvalidInput for what can be seen to be wrong without fetching anything."""
-        for ref in self._references(assign):
+        for ref in _references(assign):
             ports.check(ref)
+        if not assign.loras:
+            return
         declared = {lora.name for lora in spec.loras}
         for use in assign.loras:
             if use.name not in declared:
@@ -48,7 +50,7 @@ class Inputs:
 
     def at_hand(self, task: Task) -> bool:
         """Whether nothing has to be waited for; then the task is complete."""
-        if any(not ref.HasField("inline") for ref in self._references(task.assign)):
+        if _to_pull(task.assign):
             return False
         if task.assign.loras:
             found = [self._loras.get(_source(use)) for use in self._declared(task)]
@@ -60,7 +62,7 @@ class Inputs:
     async def gather(self, task: Task) -> None:
         """Raises TensorLost with all that are lost, InvalidInput, or SourceUnavailable."""
         begin = perf_counter()
-        refs = {ref.id: ref for ref in self._references(task.assign) if not ref.HasField("inline")}
+        refs = _to_pull(task.assign)
         arrays = await asyncio.gather(
             *(self._fetcher.fetch_array(ref) for ref in refs.values()), return_exceptions=True
         )
@@ -107,10 +109,17 @@ class Inputs:
             for use, declared in zip(task.assign.loras, self._declared(task), strict=True)
         ]
 
-    def _references(self, assign: node_pb2.Assign) -> Iterator[tensor_pb2.TensorRef]:
-        for value in assign.inputs.values():
-            yield from references(value)
+
+def _references(assign: node_pb2.Assign) -> Iterator[tensor_pb2.TensorRef]:
+    for value in assign.inputs.values():
+        yield from references(value)
+    if assign.lease.HasField("resume"):
         yield from assign.lease.resume.tensors.values()
+
+
+def _to_pull(assign: node_pb2.Assign) -> dict[str, tensor_pb2.TensorRef]:
+    """What does not come inline, by id."""
+    return {ref.id: ref for ref in _references(assign) if not ref.HasField("inline")}
 
 
 def _source(lora: node_pb2.LoraUse) -> _Source:

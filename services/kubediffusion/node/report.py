@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable
+from threading import Event, get_ident
 from typing import TYPE_CHECKING
 
 from kubediffusion.node.device import Device
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 SOONEST = 0.1
 LATEST = 1.0
+# A scrape does not wait longer for a loop that is busy; it gets the numbers of the last one.
+SCRAPE_SECONDS = 1.0
 
 
 class Reporter:
@@ -45,9 +49,12 @@ class Reporter:
         self._child = Children()
         self._now = now
         self._tracing = configure_tracing("kubediffusion-node")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
         self._timer: asyncio.TimerHandle | None = None
         self._soon = False
         self._last = -LATEST
+        metrics.on_scrape(self._refresh)
         self._counted: set[tuple[str, str]] = set()
 
     def changed(self) -> None:
@@ -62,7 +69,8 @@ class Reporter:
         """Sends a report and sets the clock for the next. The first call starts it."""
         if self._timer is not None:
             self._timer.cancel()
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
+        self._thread = get_ident()
         self._last = loop.time()
         self._soon = False
         self._timer = loop.call_later(LATEST, self.now)
@@ -70,7 +78,6 @@ class Reporter:
         event = node_pb2.WorkEvent(load=report)
         for session in self._node.sessions.values():
             session.outbox.replace(("load",), event)
-        self._publish(report)
 
     def stop(self) -> None:
         if self._timer is not None:
@@ -103,6 +110,7 @@ class Reporter:
         metrics, child, labels = self._metrics, self._child, _labels(task)
         timing = task.timing()
         child(metrics.tasks, *labels, outcome).inc()
+        self.count_steps(task)
         spent: dict[str, float] = {}
         if task.started is not None:
             child(metrics.task_queue_seconds, *labels).observe(timing.queue_seconds)
@@ -127,8 +135,33 @@ class Reporter:
             **spent,
         )
 
-    def _publish(self, report: node_pb2.LoadReport) -> None:
-        metrics = self._metrics
+    def count_steps(self, task: Task) -> None:
+        """Those that were done since the last time."""
+        new = task.steps_run - task.counted
+        if new > 0:
+            task.counted += new
+            self._child(self._metrics.denoise_steps, task.assign.model).inc(new)
+
+    def _refresh(self) -> None:
+        """The gauges are set when somebody looks, from the loop's thread as all that they tell."""
+        loop = self._loop
+        if loop is None or loop.is_closed() or get_ident() == self._thread:
+            self._publish()
+            return
+        done = Event()
+
+        def publish() -> None:
+            try:
+                self._publish()
+            finally:
+                done.set()
+
+        with contextlib.suppress(RuntimeError):  # closed since
+            loop.call_soon_threadsafe(publish)
+            done.wait(SCRAPE_SECONDS)
+
+    def _publish(self) -> None:
+        metrics, report = self._metrics, self.load()
         running = Counter(_labels(task) for task in self._device.running if not task.ended)
         present = Counter(_labels(task) for task in self._node.tasks.values())
         known = self._residency.known_stages()

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -114,6 +115,8 @@ class Task:
     fetch_seconds: float = 0.0
     stop: Stop | None = None
     ended: bool = False
+    # Steps that the metrics have.
+    counted: int = 0
 
     denoising: Denoising | None = None
     batch_key: object = None
@@ -121,6 +124,8 @@ class Task:
     running: bool = False
     run_seconds: float = 0.0
     steps_run: int = 0
+    # When its gateway was last told of its progress.
+    told: float = -inf
 
     @property
     def name(self) -> Name:

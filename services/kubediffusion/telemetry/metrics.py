@@ -15,12 +15,20 @@ that is missing means that nobody knows.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from threading import Thread
 from typing import Any, TypeVar
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    start_http_server,
+)
+from prometheus_client.registry import Collector
 
 from kubediffusion.errors import Unavailable
 
@@ -52,10 +60,27 @@ class Children:
         return child
 
 
+class BeforeScrape(Collector):
+    """Collected before the gauges that it sets, since it was registered before them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.run: Callable[[], None] = lambda: None
+        registry.register(self)
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        self.run()
+        return ()
+
+
 class NodeMetrics:
     """A model node."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._before = BeforeScrape(registry)
+
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"kubediffusion_node_{name}", text, labels, registry=registry)
 
@@ -119,6 +144,10 @@ class NodeMetrics:
         )
         self.gateways = gauge("gateways", "Gateways with a Work stream to this node.")
         self.draining = gauge("draining", "1 while the node takes no new tasks.")
+
+    def on_scrape(self, refresh: Callable[[], None]) -> None:
+        """`refresh` sets gauges; it is called in the thread that answers a scrape."""
+        self._before.run = refresh
 
     def known(self, model: str, stages: Iterable[str]) -> None:
         """The model is planned here: its queue is 0, not missing."""

@@ -37,6 +37,8 @@ _NAMES: dict[str, tensor_pb2.DType] = {
     "bool": tensor_pb2.DTYPE_BOOL,
     "float64": tensor_pb2.DTYPE_F64,
 }
+# A numpy type's name takes longer to make than a small tensor to send.
+_OF_NUMPY = {np.dtype(name): dtype for name, dtype in _NAMES.items() if name != "bfloat16"}
 _DTYPE_NAMES = {dtype: name for name, dtype in _NAMES.items()}
 
 
@@ -50,6 +52,9 @@ def numpy_dtype(dtype: tensor_pb2.DType) -> np.dtype:
 
 def dtype_of(name: str | np.dtype) -> tensor_pb2.DType:
     """The wire's type for a name such as "bfloat16" or "torch.bfloat16", or a numpy dtype."""
+    known_type = _OF_NUMPY.get(name) if isinstance(name, np.dtype) else None
+    if known_type is not None:
+        return known_type
     plain = str(name).removeprefix("torch.")
     try:
         return _NAMES[plain]

@@ -72,7 +72,7 @@ def test_it_goes_on_exactly_from_every_checkpoint() -> None:
 def test_a_lora_counts() -> None:
     denoiser = standin("transformer")
     states = {
-        int(denoiser.start(inputs(), loras).finish()["latents"])
+        int(denoiser.start(inputs(), loras).finish()["latents"].item())
         for loras in ([], [Lora("a", Path(), 1.0)], [Lora("a", Path(), 0.5)])
     }
     assert len(states) == 3

@@ -13,7 +13,7 @@ import pytest
 from puppets import WAIT, Gateway, Rig, spec
 
 from kubediffusion import tensors
-from kubediffusion.node import ports
+from kubediffusion.node import device, ports
 from kubediffusion.v1alpha1 import node_pb2
 
 
@@ -31,7 +31,10 @@ async def test_a_one_shot_task_is_accepted_and_done_with_the_outputs_asked_for(r
     assert done.timing.run_seconds > 0
 
 
-async def test_a_lease_reports_each_step_and_hands_out_checkpoints(rig: Rig) -> None:
+async def test_a_lease_reports_its_steps_and_hands_out_checkpoints(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "TELL_SECONDS", 0.0)
     rig.strings.hold()
     gateway = await rig.gateway()
     await gateway.denoise("r1", every=2, previews=3, inputs={"steps": 4})
@@ -48,6 +51,19 @@ async def test_a_lease_reports_each_step_and_hands_out_checkpoints(rig: Rig) -> 
         t.HasField("inline") for t in gateway.all("checkpoint")[0].checkpoint.tensors.values()
     )
     assert gateway.all("checkpoint")[0].checkpoint.fingerprint == gateway.node.fingerprint
+
+
+async def test_progress_is_told_now_and_then_and_its_end_by_the_result(rig: Rig) -> None:
+    gateway = await rig.gateway()
+    await gateway.denoise("r1", inputs={"steps": 50})  # all of them in far less than 100 ms
+    assert (await gateway.event("done")).timing.steps_run == 50
+    told = [p.step for p in gateway.all("progress")]
+    assert len(told) < 25
+    assert 50 not in told
+    counted = rig.server.registry.get_sample_value(
+        "kubediffusion_node_denoise_steps_total", {"model": "dit"}
+    )
+    assert counted == 50
 
 
 async def test_a_cancelled_lease_stops_at_its_next_step_and_frees_what_it_holds(rig: Rig) -> None:
