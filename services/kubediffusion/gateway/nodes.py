@@ -181,6 +181,9 @@ class Fleet:
                 self.profiles.observe_load(model.identity, model.load_seconds)
 
     def forget_models(self, keep: frozenset[str]) -> None:
+        """All others, but for those that some node has: it will not tell of them again, and the
+        next workflow may want them."""
+        keep = keep | self._by_model.keys()
         self.facts = {model: facts for model, facts in self.facts.items() if model in keep}
         self._loads_seen = {k: v for k, v in self._loads_seen.items() if k[1] in keep}
         self.profiles.forget_models(keep)

@@ -15,8 +15,14 @@ class Readiness:
         self.why = why
         # Called after every change.
         self.on_change: Callable[[], None] = lambda: None
+        self._closed = False
+
+    def close(self, why: str) -> None:
+        """Not ready, whatever comes."""
+        self.set(why)
+        self._closed = True
 
     def set(self, why: str) -> None:
-        if why != self.why:
+        if why != self.why and not self._closed:
             self.why = why
             self.on_change()
