@@ -33,10 +33,11 @@ def _series() -> dict[str, set[str]]:
         registry = CollectorRegistry()
         group(registry)
         for collector in set(registry._collector_to_names):
-            (metric,) = collector.describe()
-            for suffix in TYPES[metric.type]:
+            for metric in collector.describe():
                 labels = set(collector._labelnames)
-                found[metric.name + suffix] = labels | ({"le"} if suffix == "_bucket" else set())
+                for suffix in TYPES[metric.type]:
+                    extra = {"le"} if suffix == "_bucket" else set[str]()
+                    found[metric.name + suffix] = labels | extra
     return found
 
 

@@ -4,15 +4,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 import yaml
 
+from kubediffusion.cluster.flags import Options, parse
+from kubediffusion_operator.flags import parse as parse_operator
 from tests.unit.chart.conftest import Render
 from tests.unit.chart.rendering import (
     CHART,
     EXAMPLES,
     Helm,
     HelmError,
+    Object,
     Rendered,
     container,
     variables,
@@ -91,9 +97,47 @@ def test_a_gateway_may_take_its_time_to_stop(render: Render, delay: int, drain: 
     gateway = container(rendered, "gateway")
     pod = rendered.get("Deployment", "gateway")["spec"]["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] > delay + drain
-    assert variables(gateway)["KUBEDIFFUSION_DRAIN_SECONDS"] == str(drain)
-    stop = gateway.get("lifecycle", {}).get("preStop")
-    assert stop == ({"sleep": {"seconds": delay}} if delay else None)
+    options = gateway_options(gateway)
+    assert (options.shutdown_delay, options.drain_seconds) == (delay, drain)
+
+
+def gateway_options(gateway: Object) -> Options:
+    """What the process makes of its environment."""
+    given = {
+        name: value if isinstance(value, str) else f"<{next(iter(value))}>"
+        for name, value in variables(gateway).items()
+    }
+    return parse([], given)
+
+
+def test_the_gateway_understands_what_the_chart_tells_it(
+    plain: Rendered, everything: Rendered
+) -> None:
+    known = {f"KUBEDIFFUSION_{field.name.upper()}" for field in fields(Options)}
+    for rendered in (plain, everything):
+        told = {name for name in variables(container(rendered, "gateway")) if "KUBED" in name}
+        assert told - known == set()
+    ports = {port["name"]: port["containerPort"] for port in container(plain, "gateway")["ports"]}
+    options = gateway_options(container(everything, "gateway"))
+    for door in ("http", "grpc", "metrics"):
+        assert getattr(options, door) == f"0.0.0.0:{ports[door]}"
+    assert options.public_url == "https://images.example.com"
+    assert options.job_database == "<secretKeyRef>"
+    assert options.log_json is True
+
+
+def test_the_operator_understands_what_the_chart_tells_it(plain: Rendered, tmp_path: Path) -> None:
+    (flag,) = container(plain, "operator")["args"]
+    name, _, path = flag.partition("=")
+    (mount,) = [
+        one for one in container(plain, "operator")["volumeMounts"] if one["name"] == "config"
+    ]
+    text = plain.get("ConfigMap", "operator")["data"][path.removeprefix(f"{mount['mountPath']}/")]
+    file = tmp_path / "operator.yaml"
+    file.write_text(text)
+    ports = {port["name"]: port["containerPort"] for port in container(plain, "operator")["ports"]}
+    config = parse_operator([name, str(file)]).config
+    assert {"health": config.health_port, "metrics": config.metrics_port} == ports
 
 
 def test_replicas_belong_to_the_autoscaler_where_there_is_one(everything: Rendered) -> None:
