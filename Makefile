@@ -1,19 +1,22 @@
 # Every target sets up what it needs; a second run is quick.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint fmt bench protos generate clean
+.PHONY: help demo test test-all e2e lint fmt bench protos generate images clean
 
 help:  ## Show this help
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo:  ## Draw "a red circle above a blue square" into out/demo.png through real model nodes
 	@scripts/demo
 
-test:  ## The tests
+test:  ## The tests: units, real processes, a real API server
 	@scripts/test
 
 test-all:  ## The tests and the longer studies
 	@scripts/test --all
+
+e2e:  ## The whole way on a real cluster of this machine (root): kubelet, containerd, helm, Prometheus
+	@scripts/e2e
 
 lint:  ## ruff, pyright, import-linter; generated files equal the committed ones
 	@scripts/lint
@@ -29,6 +32,9 @@ protos:  ## Generate the Python code of protos/
 
 generate:  ## Generate the JSON Schema and the CRDs from the types
 	@scripts/env node && scripts/generate
+
+images:  ## Build the images of the control plane and of a CPU node with buildah (root)
+	@scripts/cluster/packages && scripts/cluster/image control-plane node-cpu
 
 clean:  ## Remove the environment and outputs
 	rm -rf .venv out .pytest_cache .ruff_cache
