@@ -354,7 +354,8 @@ class AsyncKube:
 
 def condition(item: Object, kind: str) -> Object:
     """The condition of that type; an empty one where it is missing."""
-    conditions = item.get("status", {}).get("conditions", ())
+    # A CRD that has just been made says null.
+    conditions = item.get("status", {}).get("conditions") or ()
     return next((one for one in conditions if one["type"] == kind), {})
 
 
