@@ -83,8 +83,8 @@ def _write(result: Plan, scene: Scene, made: Household, cache: PlanCache) -> Non
     result.apply = sorted(needed, key=lambda each: (_ORDER.index(each["kind"]), name_of(each)))
     result.scale = [
         ScaleWrite(found.name, uid_of(found.model), found.replicas.wanted)
-        for found in scene.standings.values()
-        if found.replicas.asked is None and found.named_right
+        for name, found in scene.standings.items()
+        if found.replicas.asked is None and found.named_right and name not in scene.unwanted
     ]
 
 

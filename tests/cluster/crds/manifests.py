@@ -88,10 +88,8 @@ def changed(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
         *parents, last = (word.replace("\0", ".") for word in words)
         target: Any = document
         for part in parents:
-            if isinstance(target, list):
-                target = target[int(part)]
-            else:
-                target = target.setdefault(part, {})
+            inner = isinstance(target, list)
+            target = target[int(part)] if inner else target.setdefault(part, {})
         if value is MISSING:
             del target[last]
         else:
