@@ -45,22 +45,21 @@ async def run(options: Options) -> None:
     api = await Api.connect(kubeconfig=options.kubeconfig, context=options.context)
     operator = Operator(options, api)
     stopped = asyncio.Event()
-    failures: list[KubeDiffusionError] = []
     namespace = options.config.namespace
-    await kopf.operator(
-        registry=_handlers(api, operator, stopped, failures),
-        stop_flag=stopped,
-        standalone=True,
-        clusterwide=not namespace,
-        namespaces=[namespace] if namespace else [],
-    )
-    if failures:
-        raise failures[0]
+    try:
+        await operator.listen()
+        await kopf.operator(
+            registry=_handlers(api, operator, stopped),
+            stop_flag=stopped,
+            standalone=True,
+            clusterwide=not namespace,
+            namespaces=[namespace] if namespace else [],
+        )
+    finally:
+        await operator.stop()
 
 
-def _handlers(
-    api: Api, operator: Operator, stopped: asyncio.Event, failures: list[KubeDiffusionError]
-) -> kopf.OperatorRegistry:
+def _handlers(api: Api, operator: Operator, stopped: asyncio.Event) -> kopf.OperatorRegistry:
     registry = kopf.OperatorRegistry()
 
     async def login(**_: Any) -> kopf.ConnectionInfo:
@@ -68,14 +67,11 @@ def _handlers(
 
     async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
         _settle(settings)
-        try:
-            await operator.start()
-        except KubeDiffusionError as error:
-            failures.append(error)
-            stopped.set()
+        operator.start()
 
     async def stop(**_: Any) -> None:
         await operator.stop()
+        stopped.set()  # or kopf waits 5 s for whoever waits for it
 
     kopf.on.login(registry=registry)(login)
     kopf.on.startup(registry=registry)(start)

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Operator:
-    """All parts, on one event loop. `start` returns once health is served; the rest follows."""
+    """All parts, on one event loop: `listen`, then `start`, and `stop`, which may come twice."""
 
     def __init__(self, options: Options, api: Api) -> None:
         config = options.config
@@ -67,14 +67,18 @@ class Operator:
         self._tasks: list[asyncio.Task[None]] = []
         self._planning = False
 
-    async def start(self) -> None:
-        """Raises Unavailable where a port cannot be had."""
+    async def listen(self) -> None:
+        """Serves health and metrics. Raises Unavailable where a port cannot be had."""
         options, config = self._options, self._options.config
         await self._health_server.start(options.host, config.health_port)
         self._metrics_server = serve_metrics(self.registry, options.host, config.metrics_port)
         self._announce()
+
+    def start(self) -> None:
+        """Begins to work; an API server that is away is waited for."""
         self._run("heartbeat", beat_for_ever(self._beat))
-        for kind, watch in self.cluster.watch(self._api, config.namespace).items():
+        namespace = self._options.config.namespace
+        for kind, watch in self.cluster.watch(self._api, namespace).items():
             self._run(f"watch of {kind}", watch.run())
         self._run("planning", self._plan_when_synced())
         self._run("autoscaler", self._autoscaler.run())
@@ -83,12 +87,14 @@ class Operator:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
         await self.queue.stop()
         await self.resolver.stop()
         await self.residency.stop()
         await self._health_server.stop()
         if self._metrics_server is not None:
             self._metrics_server.close()
+            self._metrics_server = None
         if self._prometheus is not None:
             await self._prometheus.close()
         await self._api.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.kube import ControlPlane, Kube, is_true
+from tests.cluster.kube import ControlPlane, Kube, condition, is_true
 from tests.cluster.operator.conftest import NewOperator
 from tests.cluster.operator.fake_kubelet import FakeKubelet
 from tests.cluster.operator.faults import Call, Expire, Fault, FaultProxy, Lose, Refuse
@@ -146,21 +146,18 @@ def test_a_server_that_refuses_one_object_does_not_hold_up_the_others(
     models = set(models_of(definition).values())
     kube.wait_all("Deployment", lambda found: len(found) == len(models) - 1, timeout=LONG)
 
-    def told(events: list) -> bool:
-        return any(
-            event["reason"] == "WriteRefused"
-            and event["regarding"]["name"] == refused
-            and "injected" in event["note"]
-            for event in events
-        )
-
-    kube.wait_all("events.k8s.io/v1/Event", told, timeout=LONG)
+    told = kube.wait_for(
+        "dwf", "sd3", lambda w: condition(w, "Degraded").get("status") == "True", timeout=LONG
+    )
+    assert condition(told, "Degraded")["reason"] == "Refused"
+    assert "injected by the test" in condition(told, "Degraded")["message"]
     tries = sum(fault == Refuse(422, "Invalid") for _, fault in proxy.injected)
     assert tries < 5
     assert not [line for line in differences(kube, models) if refused not in line]
     # Once it is taken, by a rest later, all is there.
     proxy.rule = lambda call: None
     wait_for_models(kube, models, timeout=LONG)
+    kube.wait_for("dwf", "sd3", lambda w: condition(w, "Degraded").get("status") != "True")
 
 
 def test_the_api_server_may_go_away_and_come_back(
