@@ -29,6 +29,8 @@ RESIDENCY_KEY = "residency.json"
 PROGRESS_DEADLINE_SECONDS = 1800
 REPLICA_SETS_KEPT = 2
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
+# Every address, which by NetworkPolicies' rules means those outside of the cluster.
+OUTSIDE = [{"ipBlock": {"cidr": "0.0.0.0/0"}}, {"ipBlock": {"cidr": "::/0"}}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,19 +160,13 @@ def _network_policy(nodes: Nodes, config: OperatorConfig) -> Object:
     others = {"podSelector": {"matchLabels": {COMPONENT: NODE}}}
     callers = [_peer(config.gateway, "gateway"), _peer(config.operator, "operator"), others]
     ingress: list[dict[str, Any]] = [{"from": callers, "ports": [_tcp(GRPC_PORT)]}]
-    scraper = config.prometheus
-    if scraper.namespace or scraper.selector:
-        ingress.append({"from": [_peer(scraper, "")], "ports": [_tcp(METRICS_PORT)]})
-    elif scraper.url:
-        anywhere: dict[str, Any] = {"namespaceSelector": {}}
-        ingress.append({"from": [anywhere], "ports": [_tcp(METRICS_PORT)]})
-    names = [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]
-    egress: list[dict[str, Any]] = [
-        {"ports": names},
-        {"to": [others], "ports": [_tcp(GRPC_PORT)]},
-    ]
+    if scrapers := _scrapers(config):
+        ingress.append({"from": scrapers, "ports": [_tcp(METRICS_PORT)]})
+    names: dict[str, Any] = {"to": list(given.dns)} if given.dns else {}
+    names["ports"] = [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]
+    egress: list[dict[str, Any]] = [names, {"to": [others], "ports": [_tcp(GRPC_PORT)]}]
     if nodes.downloads:
-        egress.append({"ports": [_tcp(443)]})
+        egress.append({"to": OUTSIDE, "ports": [_tcp(443)]})
     return _object(
         nodes,
         "networking.k8s.io/v1",
@@ -182,6 +178,16 @@ def _network_policy(nodes: Nodes, config: OperatorConfig) -> Object:
             "egress": [*egress, *given.extra_egress],
         },
     )
+
+
+def _scrapers(config: OperatorConfig) -> list[dict[str, Any]]:
+    """Who reads metrics. Of a Prometheus that nobody describes: pods of any namespace."""
+    scraper, others = config.prometheus, list(config.network_policies.scrapers)
+    if scraper.namespace or scraper.selector:
+        return [_peer(scraper, ""), *others]
+    if scraper.url and not others:
+        return [{"namespaceSelector": {}}]
+    return others
 
 
 def _peer(peer: Peer, component: str) -> dict[str, Any]:

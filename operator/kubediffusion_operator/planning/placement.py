@@ -44,6 +44,14 @@ def place(items: Iterable[Item], nodes: Mapping[str, int], now: Plan) -> Placed:
         (item for item in items if item.copies > 0),
         key=lambda item: (-item.copies, -item.size, item.name),
     )
+    placed = _once(by_demand, nodes, now)
+    # Where a second copy has found a place, the first one may make room for somebody else.
+    while placed.left and (again := _once(by_demand, nodes, placed.plan)) != placed:
+        placed = again
+    return placed
+
+
+def _once(by_demand: Sequence[Item], nodes: Mapping[str, int], now: Plan) -> Placed:
     board = _Board(dict(nodes))
     _keep(board, by_demand, now)
     left = _first_copies(board, by_demand)
