@@ -273,6 +273,8 @@ class Residency:
         family = self._library.family(spec)
         files = await in_thread(self._library.fetch, spec, resident.progress)
         status.digest = files.weights.digest
+        # A planner must know why it does not fit: told before, and told again once it is loaded.
+        status.nbytes = files.weights.nbytes
         self._check_fits(files.weights.nbytes)
         self._set(resident, LOADING)
         load_spec = LoadSpec(
@@ -290,6 +292,7 @@ class Residency:
         begin = perf_counter()
         model = await self._device.call(lambda: _load(family, load_spec))
         status.load_seconds = perf_counter() - begin
+        status.nbytes = model.nbytes
         try:
             self._check_fits(model.nbytes)
             _describe(model, status)

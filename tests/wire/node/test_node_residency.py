@@ -85,6 +85,7 @@ async def test_a_plan_over_the_memory_limit_fails_the_model_that_does_not_fit(
     }
     assert statuses["big"].reason == "OutOfMemory"
     assert "2500" in statuses["big"].message
+    assert statuses["big"].nbytes == 2000
     assert rig.shelf.models["big"].unloaded
     await rig.plan(2, [spec("big", options={"nbytes": "2000"})])
     assert (await rig.settled())["big"].state == READY
