@@ -70,7 +70,10 @@ class NetworkPolicies(Resource):
     """A default-deny NetworkPolicy with the few edges needed, for each model and pool."""
 
     enabled: bool = True
-    # Egress rules as in networking.k8s.io/v1, for a mirror of the hub or a proxy, say.
+    # NetworkPolicyPeers: the cluster's DNS (empty: anyone's), and who scrapes beside `prometheus`.
+    dns: tuple[dict[str, Any], ...] = ()
+    scrapers: tuple[dict[str, Any], ...] = ()
+    # Rules as in networking.k8s.io/v1, for a mirror of the hub or a proxy, say.
     extra_egress: tuple[dict[str, Any], ...] = ()
     extra_ingress: tuple[dict[str, Any], ...] = ()
 

@@ -46,13 +46,11 @@ networkPolicies:
   extraEgress:
     {{- toYaml . | nindent 4 }}
   {{- end }}
+  dns:
+    {{- toYaml .Values.networkPolicy.dns | nindent 4 }}
   {{- with include "kubediffusion.scrapers" . | fromYamlArray }}
-  extraIngress:
-    - from:
-        {{- toYaml . | nindent 8 }}
-      ports:
-        - port: 9090
-          protocol: TCP
+  scrapers:
+    {{- toYaml . | nindent 4 }}
   {{- end }}
 scaling:
   enabled: {{ ne (include "kubediffusion.prometheusUrl" .) "" }}
