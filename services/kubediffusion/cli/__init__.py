@@ -5,6 +5,7 @@
     app        the commands and their options; everything heavier is imported by the one that runs
     inputs     what a user typed, as the workflow's typed inputs
     run, up, remote, check    one command's work each
+    revisions  a workflow's revisions in a cluster
     progress, screens         what is seen
     shell      exit codes, errors and signals
 

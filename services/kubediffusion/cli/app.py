@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from kubediffusion.cli import revisions
 from kubediffusion.cli.shell import reporting
 
 HELP = """Text-to-image diffusion, served a model at a time.
@@ -256,6 +257,9 @@ def models(
         from kubediffusion.cli.remote import show_models
 
         show_models(address, as_json, api_key)
+
+
+revisions.register(app)
 
 
 @app.command()

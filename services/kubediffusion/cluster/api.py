@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
+from urllib.parse import quote
 
 import aiohttp
 from kubernetes.aio import config as kube_config
@@ -30,6 +31,7 @@ CONNECT_SECONDS = 10.0
 JSON = "application/json"
 APPLY_PATCH = "application/apply-patch+yaml"
 MERGE_PATCH = "application/merge-patch+json"
+_DEFAULT = "~/.kube/config"
 _POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -61,8 +63,8 @@ class Kind:
     def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:
         """Of one object, or of all; without a namespace those of every namespace."""
         root = "/apis/" if "/" in self.api_version else "/api/"
-        within = f"/namespaces/{namespace}" if namespace else ""
-        rest = "".join(f"/{part}" for part in (name, subresource) if part)
+        within = f"/namespaces/{quote(namespace, safe='')}" if namespace else ""
+        rest = "".join(f"/{quote(part, safe='')}" for part in (name, subresource) if part)
         return f"{root}{self.api_version}{within}/{self.plural}{rest}"
 
 
@@ -209,6 +211,7 @@ async def _configure(configuration: Configuration, kubeconfig: str, context: str
     if in_pod and not named and not context:
         kube_config.load_incluster_config(client_configuration=configuration)
         return _pod_namespace()
+    _check_there(named or _DEFAULT)
     await kube_config.load_kube_config(
         config_file=named or None,
         context=context or None,
@@ -216,6 +219,12 @@ async def _configure(configuration: Configuration, kubeconfig: str, context: str
         persist_config=False,
     )
     return _namespace_of(named, context)
+
+
+def _check_there(paths: str) -> None:
+    files = [os.path.expanduser(path) for path in paths.split(os.pathsep)]
+    if not any(map(os.path.exists, files)):
+        raise kube_config.ConfigException(f"there is no {' or '.join(files)}")
 
 
 def _pod_namespace() -> str:
