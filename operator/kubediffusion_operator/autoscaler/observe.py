@@ -34,6 +34,7 @@ from kubediffusion_operator.planning.names import (
     is_going,
     labels_of,
     name_of,
+    owners_of,
     pool_child,
     status_of,
 )
@@ -66,11 +67,11 @@ class Scaled:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A model that is not: for `reason`, told with `why`."""
+    """A model that is not: for `reason`, told with `why`, or because nobody asked for it."""
 
     object: Object
-    reason: str
-    why: str
+    reason: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,8 @@ def observe(
 
 def _limits(model: Object, config: OperatorConfig) -> Limits | Left:
     scaling: Mapping[str, Any] | None = model["spec"].get("scaling")
-    if scaling is None:
-        why = (
-            "spec.scaling is left out, so replicas are as kubectl scale sets them; with "
-            "minReplicas and maxReplicas there they follow the demand"
-        )
-        return Left(model, "NotConfigured", why)
+    if scaling is None:  # as kubectl scale sets them; there is nothing to say about it
+        return Left(model)
     if scaling.get("mode") == "external":
         why = "scaling.mode is external: HPA, KEDA or kubectl scale sets the replicas"
         return Left(model, "External", why)
@@ -229,13 +226,20 @@ def _workflows(
 ) -> dict[str, WorkflowCase]:
     models: dict[str, set[str]] = defaultdict(set)
     for name, model in found.models.items():
-        for user in status_of(model).get("referencedBy") or ():
-            models[str(user["name"])].add(name)
+        for user in _users(model):
+            models[user].add(name)
     held = {} if isinstance(reading, PrometheusUnavailable) else reading.held
     return {
         name: WorkflowCase(frozenset(used), held.get((found.namespace, name)))
         for name, used in models.items()
     }
+
+
+def _users(model: Object) -> set[str]:
+    """Workflows that use it: its owners from the first moment on, and what the status says, which
+    comes later and for a model that was made by hand too."""
+    owners = {str(o["name"]) for o in owners_of(model) if o.get("kind") == "DiffusionWorkflow"}
+    return owners | {str(user["name"]) for user in status_of(model).get("referencedBy") or ()}
 
 
 # ---------------------------------------------------------------- GPUs

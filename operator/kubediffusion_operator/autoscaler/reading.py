@@ -25,6 +25,7 @@ from kubediffusion_operator.autoscaler.prometheus import Answer, Prometheus, Sam
 Key: TypeAlias = "tuple[str, str]"
 
 TASKS = "kubediffusion_gateway_model_tasks"
+REQUESTS = "kubediffusion_gateway_requests_now"
 STATES = ("held", "queued", "running")
 # Long enough for four scrapes at 15 s; what was shed before is forgotten.
 SHED_WINDOW_SECONDS = 60
@@ -44,14 +45,22 @@ class Reading:
 
 
 def queries(stale_seconds: float) -> dict[str, str]:
-    """By field of `Reading`. Sums leave out what is stale, so that it raises nothing either."""
-    fresh = f"{TASKS} and (time() - timestamp({TASKS}) <= {stale_seconds:g})"
+    """What is stale raises nothing either.
+
+    The demand for models and the requests of workflows are one query, because they have to be of
+    the same scrape: a workflow of which one model seems not to be needed would come up in part.
+    """
+
+    def fresh(series: str) -> str:
+        return f"({series} and (time() - timestamp({series}) <= {stale_seconds:g}))"
+
+    held = fresh(f'{REQUESTS}{{state="held"}}')
     return {
-        "tasks": f"sum by (namespace, model, state) ({fresh})",
+        "demand": f"sum by (namespace, model, state) {fresh(TASKS)}"
+        f" or sum by (namespace, workflow) {held}",
         "ages": f"max by (namespace, model, instance) (time() - timestamp({TASKS}))",
         "shed": "sum by (namespace, model) (rate(kubediffusion_gateway_shed_task_seconds_total"
         f"[{SHED_WINDOW_SECONDS}s]))",
-        "held": 'sum by (namespace, workflow) (kubediffusion_gateway_requests_now{state="held"})',
         "gateways": 'min by (namespace, instance) (up{component="gateway"})',
     }
 
@@ -68,7 +77,7 @@ def reading_of(answers: Mapping[str, Answer]) -> Reading:
     tasks: dict[Key, dict[str, float]] = defaultdict(dict)
     ages: dict[Key, dict[str, float]] = defaultdict(dict)
     gateways: dict[str, dict[str, bool]] = defaultdict(dict)
-    for key, sample in _keyed(answers["tasks"], "model"):
+    for key, sample in _keyed(answers["demand"], "model"):
         tasks[key][sample.labels.get("state", "")] = sample.value
     for key, sample in _keyed(answers["ages"], "model"):
         ages[key][sample.labels.get("instance", "")] = sample.value
@@ -78,7 +87,7 @@ def reading_of(answers: Mapping[str, Answer]) -> Reading:
     return Reading(
         tasks=dict(tasks),
         shed={key: sample.value for key, sample in _keyed(answers["shed"], "model")},
-        held={key: sample.value for key, sample in _keyed(answers["held"], "workflow")},
+        held={key: sample.value for key, sample in _keyed(answers["demand"], "workflow")},
         ages=dict(ages),
         gateways=dict(gateways),
         warnings=tuple(sorted(warnings)),

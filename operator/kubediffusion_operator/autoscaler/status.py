@@ -44,8 +44,8 @@ class Said:
 
 
 def of_left(reason: str, why: str) -> tuple[Condition, ...]:
-    """Of a model that somebody else scales."""
-    return (Condition(ACTIVE, "False", reason, why),)
+    """Of a model that somebody else scales; nothing of one without any scaling."""
+    return (Condition(ACTIVE, "False", reason, why),) if reason else ()
 
 
 def of_metrics(metrics: Metrics) -> Condition:

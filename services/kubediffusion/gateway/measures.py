@@ -9,11 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry
-
 from kubediffusion.errors import KubeDiffusionError, Overloaded
 from kubediffusion.gateway.plan import HELPER_STAGE
-from kubediffusion.telemetry.metrics import GATEWAY_STATES, Children, GatewayMetrics
+from kubediffusion.telemetry.metrics import GATEWAY_STATES, Children, GatewayMetrics, Registry
 from kubediffusion.v1alpha1 import gateway_pb2
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ PERIOD = 0.5
 
 class Measures:
     def __init__(self, gateway: Gateway) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = Registry()
         self.metrics = GatewayMetrics(self.registry)
         self._gateway = gateway
         self._child = Children()
@@ -94,7 +92,11 @@ class Measures:
     # ------------------------------------------------------------ what is
 
     def refresh(self) -> None:
-        """Sets the gauges to what is now."""
+        """Sets the gauges to what is now, all of them for the same scrape."""
+        with self.registry.at_once:
+            self._refresh()
+
+    def _refresh(self) -> None:
         gateway, metrics = self._gateway, self.metrics
         self._know()
         flights: Counter[tuple[str, str]] = Counter()

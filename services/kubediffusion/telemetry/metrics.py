@@ -15,8 +15,8 @@ that is missing means that nobody knows.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
-from threading import Thread
+from collections.abc import Callable, Iterable, Iterator
+from threading import RLock, Thread
 from typing import Any, TypeVar
 from wsgiref.simple_server import WSGIServer
 
@@ -42,6 +42,23 @@ BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 MODEL_STATES = ("pending", "downloading", "loading", "ready", "failed", "evicting")
 GATEWAY_STATES = ("held", "queued", "running")
 READINESS = ("ready", "not_ready")
+
+
+class Registry(CollectorRegistry):
+    """A registry whose scrapes see all of what was set under `at_once`, or none of it.
+
+    Scrapes come on a thread of their own. Of gauges that say something together, such as those of
+    the models that one request waits for, a scrape in between would tell a part.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_once = RLock()
+
+    def collect(self) -> Iterator[Metric]:
+        with self.at_once:
+            found = list(super().collect())
+        return iter(found)
 
 
 class Children:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import yaml
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 
-from kubediffusion.telemetry.metrics import GatewayMetrics, serve_metrics
+from kubediffusion.telemetry.metrics import GatewayMetrics, Registry, serve_metrics
 from tests.cluster.kube import programs
 from tests.cluster.processes import Processes, free_ports
 
@@ -30,7 +30,7 @@ class Exporter:
     """A gateway that knows of some models (by kind, see STAGES) and one workflow, ``sd3``."""
 
     def __init__(self, models: Iterable[str] = ("dit",), port: int = 0) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = Registry()
         self.metrics = GatewayMetrics(self.registry)
         self._names: dict[str, str] = {}
         self.knows(models)
@@ -42,6 +42,12 @@ class Exporter:
         self._names = names or {kind: kind for kind in models}
         stages = [(self._names[kind], STAGES[kind]) for kind in self._names]
         self.metrics.known(["sd3"], stages)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is set inside is scraped together, as of a gateway."""
+        with self.registry.at_once:
+            yield
 
     def set(self, kind: str = "dit", **states: float) -> None:
         for state in ("held", "queued", "running"):
@@ -76,7 +82,7 @@ class Late:
 class RealPrometheus:
     """Scrapes exporters on ports of 127.0.0.1 as the chart's Prometheus scrapes gateways."""
 
-    def __init__(self, folder: Path, namespace: str, scrape_seconds: float = 0.2) -> None:
+    def __init__(self, folder: Path, namespace: str, scrape_seconds: float = 0.5) -> None:
         self.folder, self.namespace = folder, namespace
         self._scrape = f"{int(scrape_seconds * 1000)}ms"
         (self.port,) = free_ports(1)

@@ -44,9 +44,10 @@ async def test_a_held_request_brings_its_workflow_up_from_zero(
     await scaled.caught_up()
     await scaled.rounds()
     assert [await models.replicas(name) for name in ("dit", "vae", "clip")] == [0, 0, 0]
-    exporter.hold(1)
-    for name in ("dit", "vae"):  # it needs these two
-        exporter.set(name, held=1)
+    with exporter.at_once():
+        exporter.hold(1)
+        for name in ("dit", "vae"):  # it needs these two
+            exporter.set(name, held=1)
     prometheus.wait_for(TASKS, 2)
     await scaled.rounds()
     assert [await models.replicas(name) for name in ("dit", "vae", "clip")] == [1, 1, 0]

@@ -40,10 +40,12 @@ def answers(
     of_model = here | {"model": model}
     parts = {"held": held, "queued": queued, "running": running}
     return {
-        "tasks": answer(*((of_model | {"state": s}, value) for s, value in parts.items())),
+        "demand": answer(
+            *((of_model | {"state": s}, value) for s, value in parts.items()),
+            (here | {"workflow": "sd3"}, workflow_held),
+        ),
         "ages": answer(*((of_model | {"instance": i}, age) for i, age in ages.items())),
         "shed": answer(*([] if shed is None else [(of_model, shed)])),
-        "held": answer((here | {"workflow": "sd3"}, workflow_held)),
         "gateways": answer(*((here | {"instance": i}, value) for i, value in up.items())),
     }
 

@@ -30,7 +30,7 @@ def of(*pods, replicas=3, **objects):
     ("scaling", "reason"),
     [
         ({"mode": "external", "minReplicas": 1, "maxReplicas": 4}, "External"),
-        ({}, "NotConfigured"),
+        ({}, ""),
         ({"minReplicas": 1, "maxReplicas": 4, "horoscope": "x"}, "NotUnderstood"),
         ({"minReplicas": 1, "maxReplicas": 4, "targetPerReplica": "many"}, "NotUnderstood"),
     ],
@@ -160,6 +160,13 @@ def test_workflows_by_who_refers_to_the_models():
         "sd3": WorkflowCase(frozenset({"dit", "vae"}), 2.0),
         "turbo": WorkflowCase(frozenset({"dit"}), None),
     }
+
+
+def test_owners_are_users_before_the_status_says_so():
+    new = model(users=())
+    owner = {"kind": "DiffusionWorkflow", "name": "sd3", "uid": "u"}
+    new["metadata"]["ownerReferences"] = [owner, {"kind": "Sponsor", "name": "x", "uid": "v"}]
+    assert set(view(new).workflows) == {"sd3"}
 
 
 # ---------------------------------------------------------------- GPUs

@@ -72,8 +72,8 @@ def test_another_model_or_namespace_is_not_this_one():
 @pytest.mark.parametrize("state", ["held", "queued", "running"])
 def test_a_state_without_a_series_makes_the_rest_a_part(state):
     said = answers(queued=3, held=3, running=3)
-    kept = [each for each in said["tasks"].samples if each.labels["state"] != state]
-    said["tasks"] = answer(*((each.labels, each.value) for each in kept))
+    kept = [each for each in said["demand"].samples if each.labels.get("state") != state]
+    said["demand"] = answer(*((each.labels, each.value) for each in kept))
     demand, metrics = demand_of(reading_of(said), SPACE, "dit", STALE)
     assert (metrics.state, metrics.reason) == (PARTIAL, "SeriesMissing")
     assert metrics.why.endswith(f"has no state {state}")
@@ -103,5 +103,5 @@ def test_series_without_their_labels_are_nobodys(label):
 def test_unknown_states_are_not_added():
     said = answers(queued=3)
     extra = ({"namespace": SPACE, "model": "dit", "state": "dreaming"}, 99.0)
-    said["tasks"] = answer(*((s.labels, s.value) for s in said["tasks"].samples), extra)
+    said["demand"] = answer(*((s.labels, s.value) for s in said["demand"].samples), extra)
     assert demand_of(reading_of(said), SPACE, "dit", STALE)[0].total == 3

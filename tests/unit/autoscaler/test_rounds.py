@@ -9,7 +9,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
 from autoscaler_cases import CONFIG, answers, deployment, model
 from prometheus_client import CollectorRegistry
 
@@ -288,17 +287,31 @@ async def test_an_object_made_again_under_its_name_has_no_past():
 # ---------------------------------------------------------------- not ours
 
 
-@pytest.mark.parametrize(
-    ("scaling", "reason"),
-    [({"mode": "external", "maxReplicas": 4}, "External"), ({}, "NotConfigured")],
-)
-async def test_what_others_scale_is_told_so_and_left_alone(scaling, reason):
-    here = Setup(model(replicas=7, scaling=scaling))
+async def test_what_others_scale_is_told_so_and_left_alone():
+    here = Setup(model(replicas=7, scaling={"mode": "external", "maxReplicas": 4}))
     here.numbers.say(queued=100)
     assert await here.rounds(3) == []
-    assert here.server.condition("ScalingActive") == ("False", reason)
+    assert here.server.condition("ScalingActive") == ("False", "External")
     assert here.server.condition("MetricsAvailable") == ("", "")
     assert len(here.server.writes) == 1
+
+
+async def test_of_a_model_without_scaling_nothing_is_said():
+    here = Setup(model(replicas=7, scaling={}))
+    here.numbers.say(queued=100)
+    await here.rounds(3)
+    assert here.server.writes == []
+
+
+async def test_what_was_said_goes_with_the_scaling():
+    here = Setup(model(scaling={"maxReplicas": 4}))
+    here.numbers.say(queued=4)
+    await here.rounds(2)
+    del here.server.objects["dit"]["spec"]["scaling"]
+    here.server.watch()
+    await here.rounds(3)
+    assert here.server.condition("ScalingActive") == ("", "")
+    assert here.server.history() == [(1, 2, "DemandRose")]
 
 
 async def test_handed_over_it_keeps_its_history_and_taken_back_it_goes_on():

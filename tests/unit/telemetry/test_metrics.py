@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import urllib.request
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -15,6 +16,7 @@ from kubediffusion.telemetry.metrics import (
     GatewayMetrics,
     NodeMetrics,
     OperatorMetrics,
+    Registry,
     SupervisorMetrics,
     serve_metrics,
 )
@@ -82,6 +84,21 @@ def test_a_forgotten_model_leaves_no_gauge_and_keeps_its_counters() -> None:
         "kubediffusion_gateway_shed_task_seconds_total",
         "kubediffusion_gateway_shed_task_seconds_created",
     }
+
+
+def test_a_scrape_sees_what_was_set_at_once_whole_or_not_at_all() -> None:
+    registry = Registry()
+    gateway = GatewayMetrics(registry)
+    gateway.known(["w"], [("dit", "denoise"), ("vae", "decode")])
+    scraped: list[str] = []
+    scrape = Thread(target=lambda: scraped.append(text(registry)))
+    with registry.at_once:
+        gateway.model_tasks.labels("dit", "denoise", "held").set(1)
+        scrape.start()
+        scrape.join(0.2)
+        gateway.model_tasks.labels("vae", "decode", "held").set(1)
+    scrape.join()
+    assert len(re.findall(r'model_tasks{.*state="held"} 1\.0', scraped[0])) == 2
 
 
 def test_a_model_is_in_one_state_at_a_time() -> None:
