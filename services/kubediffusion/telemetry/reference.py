@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
 
 from kubediffusion.telemetry.metrics import (
     GatewayMetrics,
@@ -42,8 +43,8 @@ waits there or runs: the gauges of the two sides must not be added up.
 
 def rows(group: type) -> Iterator[tuple[str, str, str, str]]:
     """Name, type, labels, text of each metric of a group."""
-    metrics = vars(group(CollectorRegistry()))
-    for metric in metrics.values():
+    attributes = vars(group(CollectorRegistry())).values()
+    for metric in (each for each in attributes if isinstance(each, MetricWrapperBase)):
         (family,) = metric.describe()
         suffix = "_total" if family.type == "counter" else ""
         labels = ", ".join(f"`{label}`" for label in metric._labelnames)
