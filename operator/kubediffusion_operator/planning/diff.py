@@ -105,9 +105,9 @@ def _keys_of(items: Sequence[Any]) -> tuple[str, ...] | None:
     return None
 
 
-def _key(item: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[object, ...]:
+def _key(item: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, ...]:
     # The protocol that is left out is TCP, in a Service and in a container.
-    return tuple(item.get(key, "TCP" if key == "protocol" else None) for key in keys)
+    return tuple(repr(item.get(key, "TCP" if key == "protocol" else None)) for key in keys)
 
 
 def _equal_quantities(one: object, other: object) -> bool:

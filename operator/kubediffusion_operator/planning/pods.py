@@ -12,6 +12,8 @@ from kubediffusion_operator.planning.names import (
     CONTAINER,
     GRPC_PORT,
     METRICS_PORT,
+    items,
+    part,
     selector,
 )
 from kubediffusion_operator.planning.podtemplate import merged
@@ -76,6 +78,7 @@ def pod_template(
     }
     for fragment in (config.node_defaults, spec.get("podTemplate") or {}):
         template = merged(template, fragment)
+    _ask_for_device(config, template)
     # A Deployment finds its pods by these, and the operator its own.
     theirs: Mapping[str, str] = template["metadata"].get("labels") or {}
     template["metadata"]["labels"] = {**theirs, **labels}
@@ -122,7 +125,7 @@ def _container(
         },
         "volumeMounts": mounts,
     }
-    resources = _resources(config, spec)
+    resources = {key: value for key, value in part(spec, "resources").items() if value}
     return container | ({"resources": resources} if resources else {})
 
 
@@ -162,15 +165,18 @@ def _env(
     return env
 
 
-def _resources(config: OperatorConfig, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The object's own; a node on an accelerator asks for one, where nothing else is said."""
-    given: Mapping[str, Any] = spec.get("resources") or {}
-    result = {key: value for key, value in given.items() if value}
-    limits: Mapping[str, str] = given.get("limits") or {}
-    device = any("/" in name for name in limits) or bool(given.get("claims"))
-    if config.device.startswith("cuda") and not device:
-        result["limits"] = {**limits, config.scaling.gpu_resource: "1"}
-    return result
+def _ask_for_device(config: OperatorConfig, template: Mapping[str, Any]) -> None:
+    """A node on an accelerator asks for one, where nobody has said anything of devices."""
+    if not config.device.startswith("cuda"):
+        return
+    for container in template["spec"]["containers"]:
+        if container["name"] != CONTAINER:
+            continue
+        given = part(container, "resources")
+        limits = part(given, "limits")
+        if not any("/" in name for name in limits) and not items(given, "claims"):
+            device = {config.scaling.gpu_resource: "1"}
+            container["resources"] = {**given, "limits": {**limits, **device}}
 
 
 def _weights(config: OperatorConfig) -> dict[str, Any]:

@@ -247,6 +247,19 @@ def test_a_node_on_an_accelerator_asks_for_one_where_nothing_is_said(
     assert given.get("claims") == (resources or {}).get("claims")
 
 
+def test_a_claim_of_the_configuration_is_a_device_too() -> None:
+    container = {"name": "node", "resources": {"claims": [{"name": "gpu"}]}}
+    claims = [{"name": "gpu", "resourceClaimTemplateName": "shared"}]
+    defaults = {"spec": {"resourceClaims": claims, "containers": [container]}}
+    world = world_of(device="cuda", nodeDefaults=defaults)
+    name = served(world, resources={"limits": {"memory": "8Gi"}})
+    assert node_of(world, name)["resources"] == {
+        "limits": {"memory": "8Gi"},
+        "claims": [{"name": "gpu"}],
+    }
+    assert pod_of(world, name)["resourceClaims"] == claims
+
+
 def test_node_defaults_under_the_models_own_template() -> None:
     defaults = {
         "metadata": {"annotations": {"team": "a", "who": "config"}},
