@@ -5,9 +5,9 @@
     python -m benchmarks.operator_scale [--workflows 500] [--pipelines 20] [--edits 50]
 
 etcd, the API server, the Deployment and garbage collection controllers and the operator share this
-machine; pods' statuses are written by a fake kubelet. Measured are a cold start (every workflow is
-there, nothing of the operator's making is), the operator's memory, edits of a workflow until they
-are in its Deployment, and a restart of the operator in the settled namespace.
+machine; a fake kubelet writes pods' statuses, and a fake node answers for all of them. Measured are
+a cold start (every workflow is there, nothing of the operator's making is), the operator's memory,
+edits of a workflow until they are in its Deployment, and a restart in the settled namespace.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 from benchmarks.common import RESULTS, machine
 from tests.cluster.kube import CRDS, ControlPlane, Kube, is_true
 from tests.cluster.operator.fake_kubelet import FakeKubelet
+from tests.cluster.operator.fake_node import FakeNode
 from tests.cluster.operator.running import OperatorProcess
 from tests.cluster.operator.wanted import models_of, models_of_all, pipeline, workflow
 
@@ -77,6 +78,7 @@ def run(folder: Path, workflows: int, pipelines: int, edits: int) -> list[Figure
         there = [workflow(f"w{number:04}", uris[number % pipelines]) for number in range(workflows)]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(kube.apply, there))
+        stack.enter_context(FakeNode())
         stack.enter_context(FakeKubelet(kube))
         operator = OperatorProcess(
             folder / "operator", plane, plane.tokens["admin"], namespace=NAMESPACE, logLevel="INFO"
@@ -114,6 +116,16 @@ def settled(kube: Kube, count: int) -> None:
             return
         time.sleep(0.5)
     raise TimeoutError(f"not {count} workflows Ready after {PATIENCE:g} s")
+
+
+def quiet(operator: OperatorProcess, seconds: float = 5.0) -> None:
+    """Until the operator has written nothing for so long: the edits' pods have been replaced."""
+    written, since = -1.0, 0.0
+    while time.monotonic() - since < seconds:
+        now = operator.metric("writes_total")
+        if now != written:
+            written, since = now, time.monotonic()
+        time.sleep(0.5)
 
 
 def edited(kube: Kube, uris: list[str], there: list[dict], edits: int) -> list[Figure]:
@@ -155,8 +167,7 @@ def restarted(
 ) -> Iterator[Figure]:
     """A restart where nothing is to do: how long until it knows, and what it writes."""
     settled(kube, workflows)
-    while operator.metric("queue_depth"):
-        time.sleep(0.5)
+    quiet(operator)
     operator.kill()
     mark = plane.now()
     begin = time.perf_counter()

@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options = parse(arguments)
         configure(options.config.log_level, json=options.config.log_json)
-        for noisy in ("kopf", "aiohttp.access"):  # what it does for us is told by ourselves
+        # What these do for us is told by ourselves.
+        for noisy in ("kopf", "kubernetes", "grpc", "aiohttp.access"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         asyncio.run(run(options))
     except KubeDiffusionError as error:

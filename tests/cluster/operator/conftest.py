@@ -12,6 +12,7 @@ import pytest
 
 from tests.cluster.kube import ControlPlane, Kube
 from tests.cluster.operator.fake_kubelet import FakeKubelet
+from tests.cluster.operator.fake_node import FakeNode
 from tests.cluster.operator.running import ACCOUNT, OperatorProcess, authorize
 
 NewOperator = Callable[..., OperatorProcess]
@@ -52,7 +53,14 @@ def operator(new_operator: NewOperator) -> OperatorProcess:
 
 
 @pytest.fixture
-def kubelet(kube: Kube) -> Iterator[FakeKubelet]:
+def node() -> Iterator[FakeNode]:
+    """What answers at the address of every pod that the fake kubelet makes Ready."""
+    with FakeNode() as node:
+        yield node
+
+
+@pytest.fixture
+def kubelet(kube: Kube, node: FakeNode) -> Iterator[FakeKubelet]:
     """Pods of the test's namespace become Ready, unless the test says otherwise."""
     with FakeKubelet(kube) as kubelet:
         yield kubelet

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from tests.cluster.kube import ApiError, Kube, Object
+from tests.cluster.operator.fake_node import ADDRESS
 
 # What a pod's status is to be; None: leave it alone.
 Verdict = Callable[[Object], Object | None]
@@ -31,8 +32,8 @@ def running(pod: Object) -> Object:
     container = pod["spec"]["containers"][0]
     return {
         "phase": "Running",
-        "podIP": "127.0.0.1",
-        "podIPs": [{"ip": "127.0.0.1"}],
+        "podIP": ADDRESS,
+        "podIPs": [{"ip": ADDRESS}],
         "startTime": now,
         "conditions": conditions,
         "containerStatuses": [

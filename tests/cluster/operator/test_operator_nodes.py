@@ -1,0 +1,88 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Running nodes are told what to host, and what they answer reaches the user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.cluster.kube import Kube, condition, is_true
+from tests.cluster.operator.fake_kubelet import FakeKubelet
+from tests.cluster.operator.fake_node import FakeNode
+from tests.cluster.operator.running import OperatorProcess
+from tests.cluster.operator.wanted import API_VERSION, models_of, pipeline, present, workflow
+
+LONG = 90.0
+
+
+def pool(name: str, replicas: int = 1) -> dict:
+    spec = {"replicas": replicas, "memoryLimit": "8Gi"}
+    about = {"apiVersion": API_VERSION, "kind": "ModelPool", "metadata": {"name": name}}
+    return {**about, "spec": spec}
+
+
+def test_a_lora_reaches_running_nodes_without_new_pods(
+    operator: OperatorProcess, kube: Kube, kubelet: FakeKubelet, node: FakeNode, tmp_path: Path
+) -> None:
+    uri = pipeline(tmp_path / "p")
+    definition = workflow("sd3", uri)
+    kube.apply(definition)
+    kube.wait_for("dwf", "sd3", is_true("Ready"), timeout=LONG)
+    transformer = models_of(definition)["transformer"]
+    node.wait_for(transformer)
+    before = kube.get("Deployment", transformer)
+    style = tmp_path / "style"
+    style.mkdir()
+    loras = [{"name": "style", "source": {"uri": f"file://{style}"}}]
+    kube.apply(workflow("sd3", uri, loras=loras))
+    told = node.wait_for(transformer, lambda model: model.get("loras"), timeout=LONG)
+    assert told["loras"][0]["name"] == "style"
+    after = kube.get("Deployment", transformer)
+    assert after["spec"]["template"] == before["spec"]["template"]
+    assert after["metadata"]["generation"] == before["metadata"]["generation"]
+    kube.wait_for(
+        "ConfigMap", transformer, lambda c: "style" in c["data"]["residency.json"], timeout=LONG
+    )
+
+
+def test_models_in_a_pool_are_hosted_by_its_nodes(
+    operator: OperatorProcess, kube: Kube, kubelet: FakeKubelet, node: FakeNode, tmp_path: Path
+) -> None:
+    kube.apply(pool("shared"))
+    models = {"text_encoder": {"placement": {"pool": "shared"}}}
+    models["text_encoder_2"] = {"placement": {"pool": "shared"}}
+    definition = workflow("sd3", pipeline(tmp_path / "p"), models=models)
+    kube.apply(definition)
+    kube.wait_for("dwf", "sd3", is_true("Ready"), timeout=LONG)
+    identities = models_of(definition)
+    placed = {identities["text_encoder"], identities["text_encoder_2"]}
+    deployments = present(kube, "Deployment")
+    assert deployments == {"pool-shared"} | (set(identities.values()) - placed)
+    found = kube.wait_for("mpool", "shared", is_true("PlanApplied"), timeout=LONG)
+    assert {each["model"] for each in found["status"]["plan"]} == placed
+    for identity in placed:
+        node.wait_for(identity)
+        model = kube.wait_for("dmodel", identity, lambda m: m["status"].get("digest"), timeout=LONG)
+        assert model["status"]["digest"] == f"sha256:{identity}"
+
+    kube.delete("dwf", "sd3")
+    kube.wait_for("mpool", "shared", lambda p: not p["status"].get("plan"), timeout=LONG)
+    kube.delete("mpool", "shared")
+    kube.wait_gone("Deployment", "pool-shared", timeout=LONG)
+
+
+def test_what_a_node_says_of_bad_weights_reaches_the_workflow_and_passes(
+    operator: OperatorProcess, kube: Kube, kubelet: FakeKubelet, node: FakeNode, tmp_path: Path
+) -> None:
+    kube.apply(pool("shared"))
+    models = {"vae": {"placement": {"pool": "shared"}}}
+    definition = workflow("sd3", pipeline(tmp_path / "p"), models=models)
+    identity = models_of(definition)["vae"]
+    node.failing[identity] = ("BadWeights", "the file is torn; fetch it again")
+    kube.apply(definition)
+    found = kube.wait_for(
+        "dwf", "sd3", lambda w: condition(w, "Degraded").get("status") == "True", timeout=LONG
+    )
+    assert condition(found, "Degraded")["reason"] == "BadWeights"
+    assert "the file is torn" in condition(found, "Degraded")["message"]
+    assert condition(found, "Ready")["status"] != "True"
