@@ -23,10 +23,10 @@ from kubediffusion_operator.config import Prometheus as ConfiguredPrometheus
 from kubediffusion_operator.planning.types import SCALER
 from kubediffusion_operator.writing import Writer
 from tests.cluster.kube import AsyncKube, ControlPlane, Kube, Object, condition
-from tests.cluster.operator.conftest import kubelet, new_operator
+from tests.cluster.operator.conftest import kubelet, new_operator, node
 from tests.cluster.scaling.measured import STAGES, Exporter, RealPrometheus
 
-__all__ = ["kubelet", "new_operator"]
+__all__ = ["kubelet", "new_operator", "node"]
 
 NewPrometheus = Callable[..., RealPrometheus]
 SPEC = {"family": "sd3", "component": "transformer", "source": {"uri": "builtin://tiny-sd3"}}

@@ -19,11 +19,22 @@ import yaml
 from prometheus_client.core import GaugeMetricFamily
 
 from kubediffusion.telemetry.metrics import GatewayMetrics, Registry, serve_metrics
-from tests.cluster.kube import programs
+from tests.cluster.kube import ControlPlane, programs
 from tests.cluster.processes import Processes, free_ports
 
 PATIENCE = 60.0
 STAGES = {"dit": "denoise", "vae": "decode", "clip": "encode", "shed": "denoise"}
+
+
+def who_scaled(plane: ControlPlane, since: int, namespace: str) -> set[str]:
+    """The programs that wrote a scale subresource since the mark. (Of a custom resource the API
+    server notes no field manager there: spec.replicas has none.)"""
+    return {
+        write["userAgent"].split("/")[0]
+        for write in plane.writes(since)
+        if write["objectRef"].get("subresource") == "scale"
+        and write["objectRef"].get("namespace") == namespace
+    }
 
 
 class Exporter:

@@ -6,22 +6,29 @@ from __future__ import annotations
 
 from tests.cluster.kube import ControlPlane, Kube
 from tests.cluster.scaling.conftest import Models, NewPrometheus, ScaleBy, Scaled
-from tests.cluster.scaling.measured import Exporter, Late, RealPrometheus
+from tests.cluster.scaling.measured import Exporter, Late, RealPrometheus, who_scaled
 
 TASKS = "kubediffusion_gateway_model_tasks"
 WINDOW = 301
 
 
 async def test_up_with_the_demand_and_down_when_it_is_over(
-    scaled: Scaled, models: Models, exporter: Exporter, prometheus: RealPrometheus
+    scaled: Scaled,
+    models: Models,
+    exporter: Exporter,
+    prometheus: RealPrometheus,
+    control_plane: ControlPlane,
+    space: str,
 ) -> None:
     await models.make()
     await scaled.caught_up()
+    mark = control_plane.now()
     exporter.set(queued=4, running=2)
     prometheus.wait_for(TASKS, 6)
     await scaled.rounds()
     assert await models.replicas() == 3
     assert await models.history() == [(1, 3, "DemandRose")]
+    assert len(who_scaled(control_plane, mark, space)) == 1
     exporter.set()
     prometheus.wait_for(TASKS, 0)
     await scaled.rounds(3)
@@ -191,23 +198,19 @@ async def test_an_external_model_is_never_touched(
     models: Models,
     exporter: Exporter,
     prometheus: RealPrometheus,
-    admin: Kube,
+    control_plane: ControlPlane,
     space: str,
 ) -> None:
     await models.make(mode="external")
     await scaled.caught_up()
+    mark = control_plane.now()
     exporter.set(queued=100)
     prometheus.wait_for(TASKS, 100)
     await scaled.rounds(3)
     found = await models.get()
     assert found["spec"]["replicas"] == 1
     assert await models.condition("ScalingActive") == ("False", "External")
-    writers = {
-        entry["manager"]
-        for entry in admin.get("DiffusionModel", "dit", space)["metadata"]["managedFields"]
-        if entry.get("subresource") == "scale"
-    }
-    assert "kubediffusion-autoscaler" not in writers
+    assert who_scaled(control_plane, mark, space) == set()
 
 
 async def test_at_rest_nothing_is_written(
