@@ -139,6 +139,7 @@ def _node(config: NodeConfig, log: Path, run: Path, serve: Callable[[NodeConfig]
         signal.signal(number, signal.SIG_DFL)
     # What the server imported is garbage never: not looked at, so not copied either.
     gc.freeze()
+    gc.enable()
     # Locks that libraries make (tqdm's) would be named ones, left over when this process is killed.
     multiprocessing.set_start_method("fork", force=True)
     _log_to(log)
