@@ -1,19 +1,27 @@
 #!/usr/bin/env python3
 # Copyright 2026 The KubeDiffusion Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Grafana's dashboard, written as code: scripts/dashboards.py [--check].
+"""Grafana's dashboard, written as code: scripts/dashboards.py [--check | --draw URL FILE.png].
 
 Writes charts/kubediffusion/dashboards/*.json; --check writes nothing and fails where they differ.
+--draw asks the Prometheus at URL for the last minutes of every panel, and draws the answers (needs
+matplotlib): a look at the dashboard without Grafana.
 Every expression names metrics of `kubediffusion.telemetry.metrics`, which a test sees to.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+import time
+import urllib.parse
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
@@ -387,16 +395,62 @@ def _panel(panel: Panel) -> timeseries.Panel:
     return built
 
 
+def draw(url: str, file: Path, minutes: float = 10.0) -> None:
+    """All panels with what Prometheus answers, as near to Grafana's look as it needs to be."""
+    import matplotlib.pyplot as plt
+
+    rows = list(ROWS.items())
+    lines = sum(-(-len(panels) // 3) for _, panels in rows)
+    figure, axes = plt.subplots(lines, 3, figsize=(21, 3.1 * lines), layout="constrained")
+    shown = iter(axes.flat)
+    for row, panels in rows:
+        for panel in panels:
+            _draw_panel(next(shown), url, f"{row}: {panel.title}", panel, minutes)
+    for rest in shown:
+        rest.axis("off")
+    figure.savefig(file, dpi=70)
+
+
+def _draw_panel(axis: Any, url: str, title: str, panel: Panel, minutes: float) -> None:
+    now = time.time()
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for legend, expression in panel.queries:
+        text = expression.replace("$__rate_interval", "30s")
+        text = text.replace("$namespace", ".*").replace("$workflow", ".*")
+        asked = {"query": text, "start": now - 60 * minutes, "end": now, "step": 2}
+        address = f"{url}/api/v1/query_range?{urllib.parse.urlencode(asked)}"
+        with urllib.request.urlopen(address) as answer:
+            for series in json.load(answer)["data"]["result"]:
+                labels: dict[str, str] = series["metric"]
+                name = re.sub(r"{{(\w+)}}", lambda m, by=labels: by.get(m[1], ""), legend)
+                values = [(float(at) - now, float(value)) for at, value in series["values"]]
+                curves[name] = ([at for at, _ in values], [value for _, value in values])
+    for name, (at, values) in curves.items():
+        axis.plot(at, values, linewidth=1, label=name)
+        if panel.stacked:
+            axis.fill_between(at, values, alpha=0.15)
+    axis.set_title(f"{title} ({panel.unit})", fontsize=9)
+    axis.set_ylim(bottom=0)
+    axis.tick_params(labelsize=7)
+    if curves:
+        axis.legend(fontsize=6, loc="upper left")
+    else:
+        axis.text(0.5, 0.5, "no data", ha="center", transform=axis.transAxes)
+
+
 def main(arguments: Sequence[str]) -> None:
     text, file = build(), FOLDER / "kubediffusion.json"
-    if list(arguments) == ["--check"]:
-        if not file.exists() or file.read_text() != text:
-            sys.exit(f"{file.name} differs from scripts/dashboards.py: run it and commit")
-        return
-    if arguments:
-        sys.exit(__doc__)
-    FOLDER.mkdir(exist_ok=True)
-    file.write_text(text)
+    match list(arguments):
+        case []:
+            FOLDER.mkdir(exist_ok=True)
+            file.write_text(text)
+        case ["--check"]:
+            if not file.exists() or file.read_text() != text:
+                sys.exit(f"{file.name} differs from scripts/dashboards.py: run it and commit")
+        case ["--draw", url, picture]:
+            draw(url, Path(picture))
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":
