@@ -12,8 +12,10 @@ import pytest
 
 from tests.cluster.kube import Kube, NoPrograms
 from tests.e2e.cluster import Cluster, node_template, why_not
+from tests.e2e.figures import Figures
+from tests.e2e.release import RESTRICTED, Release
 
-RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+FIGURES = pytest.StashKey[Figures]()
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +58,29 @@ def environment(cluster: Cluster, namespace: str) -> dict:
     """A podTemplate whose claim gives model nodes of the namespace torch."""
     cluster.environment_volume(namespace)
     return node_template()
+
+
+@pytest.fixture(scope="session")
+def figures(request: pytest.FixtureRequest) -> Figures:
+    """What is measured; told at the end."""
+    return request.config.stash.setdefault(FIGURES, Figures())
+
+
+@pytest.fixture(scope="session")
+def release(cluster: Cluster, figures: Figures) -> Release:
+    """The chart, installed once. Tests leave workflows behind: the next ones use their models."""
+    release = Release(cluster, "kd")
+    figures.add("helm install, until all of the chart is ready", release.install())
+    return release
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    figures = config.stash.get(FIGURES, None)
+    if figures is None or not figures.rows:
+        return
+    figures.write()
+    terminalreporter.section("figures, also in benchmarks/results/e2e.csv")
+    for line in figures.lines():
+        terminalreporter.write_line(line)
