@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -53,6 +54,8 @@ async def run(options: Options) -> None:
             registry=_handlers(api, operator, stopped),
             stop_flag=stopped,
             standalone=True,
+            # Or kopf asks for the user's name, which the uid of a pod need not have.
+            identity=socket.gethostname(),  # pyright: ignore[reportArgumentType]
             clusterwide=not namespace,
             namespaces=[namespace] if namespace else [],
         )

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from tests.cluster.kube import ControlPlane, Kube, condition, is_true
+from tests.cluster.operator.conftest import NewOperator
 from tests.cluster.operator.fake_kubelet import FakeKubelet, stamp, waiting
 from tests.cluster.operator.running import ACCOUNT, OperatorProcess
 from tests.cluster.operator.wanted import (
@@ -160,13 +161,41 @@ def wait_quiet(plane: ControlPlane, kube: Kube, seconds: float = 2.0) -> None:
 def test_at_rest_nothing_is_written(
     control_plane: ControlPlane, operator: OperatorProcess, kube: Kube, kubelet: FakeKubelet
 ) -> None:
+    begin = control_plane.now()
     kube.apply(workflow("sd3"))
     kube.apply(workflow("broken", "file:///nowhere"))
     kube.wait_for("dwf", "sd3", is_true("Ready"), timeout=LONG)
     kube.wait_for("dwf", "broken", lambda w: condition(w, "Resolved").get("status") == "False")
     wait_quiet(control_plane, kube)
+    user = f"system:serviceaccount:{kube.namespace}:{ACCOUNT}"
+    assert len(control_plane.writes(begin, user=user)) > 30  # what is counted is counted
     writes, changed = rest(control_plane, operator, kube, 10.0)
     assert (writes, changed) == ([], {})
+
+
+def test_two_operators_at_once_do_no_harm(
+    control_plane: ControlPlane,
+    new_operator: NewOperator,
+    kube: Kube,
+    kubelet: FakeKubelet,
+    tmp_path: Path,
+) -> None:
+    """As while one is moved from a machine that does not answer."""
+    operators = [new_operator(), new_operator()]
+    for each in operators:
+        each.start()
+    there = [workflow(f"w{number}", pipeline(tmp_path / f"p{number % 2}")) for number in range(4)]
+    for each in there:
+        kube.apply(each)
+    for each in there:
+        kube.wait_for("dwf", each["metadata"]["name"], is_true("Ready"), timeout=LONG)
+    kube.delete("dwf", "w0")
+    kube.delete("dwf", "w2")
+    wait_for_models(kube, models_of_all([there[1], there[3]]))
+    wait_quiet(control_plane, kube)
+    writes, changed = rest(control_plane, operators[0], kube, 5.0)
+    assert (writes, changed) == ([], {})
+    operators[1].check()
 
 
 def test_a_pods_trouble_reaches_the_workflow(
