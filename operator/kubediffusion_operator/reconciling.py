@@ -89,6 +89,7 @@ class Reconciler:
         *,
         now: Callable[[], float],
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),
+        plan: Callable[[Observed, PlanCache], Plan] = plan,
     ) -> None:
         self._config = config
         self._cluster = cluster
@@ -100,6 +101,7 @@ class Reconciler:
         self._metrics = metrics
         self._now = now
         self._wall = wall
+        self._plan = plan
         self._holds = Holds()
         self._caches: dict[str, PlanCache] = {}
         self._refused: dict[str, Mapping[tuple[str, str], str]] = {}
@@ -129,7 +131,7 @@ class Reconciler:
         cache = self._caches.setdefault(namespace, PlanCache())
         with self._metrics.plan_seconds.time():
             # In a thread: a namespace of hundreds of workflows takes long enough to miss a probe.
-            wanted = await asyncio.to_thread(plan, observed, cache)
+            wanted = await asyncio.to_thread(self._plan, observed, cache)
         done = await self._carry_out(observed, wanted)
         self._refused[namespace] = done.refused
         if done.trouble is not None:

@@ -32,7 +32,7 @@ def test_the_file_is_read_and_flags_win(config: Path) -> None:
 
 
 def test_a_file_that_is_missing_or_wrong_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="nothing.yaml cannot be read.*--config"):
+    with pytest.raises(NotFound, match=r"nothing.yaml cannot be read.*--config"):
         parse(["--config", str(tmp_path / "nothing.yaml")])
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("image: x\ndebounce: 1\n")
