@@ -87,6 +87,7 @@ def run(folder: Path, workflows: int, pipelines: int, edits: int) -> list[Figure
         return [
             *cold_start(kube, operator, there),
             *edited(kube, uris, there, edits),
+            planning(operator),
             memory(operator, "resident memory after the edits", 300.0),
             *restarted(plane, kube, operator, workflows),
         ]
@@ -181,6 +182,13 @@ def restarted(
     mine = [w for w in agent if w["objectRef"].get("namespace") == NAMESPACE]
     kinds = {w["objectRef"]["resource"] for w in mine} - {"pods"}
     yield Figure("kinds written by the restart", float(len(kinds)), "", 0.0, ", ".join(kinds))
+
+
+def planning(operator: OperatorProcess) -> Figure:
+    """Of all rounds so far."""
+    rounds = operator.metric("plan_seconds_count")
+    mean = 1000 * operator.metric("plan_seconds_sum") / rounds
+    return Figure("planning the namespace once, mean", mean, "ms", None, f"{rounds:.0f} rounds")
 
 
 def memory(operator: OperatorProcess, name: str, goal: float) -> Figure:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -118,6 +119,9 @@ class Operator:
     async def _plan_when_synced(self) -> None:
         # Half a view would be planned as if the rest did not exist.
         await self.cluster.wait_synced()
+        # What was imported and listed so far mostly stays: a full collection need not walk it.
+        gc.collect()
+        gc.freeze()
         self._planning = True
         found = self.cluster.namespaces()
         log.info("all kinds are listed; %d namespaces to look at", len(found))
