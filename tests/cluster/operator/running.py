@@ -62,7 +62,9 @@ class OperatorProcess:
         self._processes: Processes | None = None
         self._announced = folder / "announced.json"
         self._config = folder / "operator.yaml"
-        values = {"image": "example/node:1", "logJson": False, "logLevel": "DEBUG", **config}
+        values = {"image": "example/node:1", "logJson": False, "logLevel": "DEBUG"}
+        # So that a second of rest is two rounds of the autoscaler.
+        values |= {"scaling": {"intervalSeconds": 0.5}, **config}
         folder.mkdir(parents=True, exist_ok=True)
         self._config.write_text(yaml.safe_dump(values))
         self.starts = 0
