@@ -355,6 +355,18 @@ async def test_a_workflow_that_does_not_fit_is_told_on_each_of_its_models():
         assert "sd3 needs 2 GPUs to come up" in condition["message"]
 
 
+async def test_a_workflow_that_came_up_is_not_called_blocked_any_more():
+    config = OperatorConfig(image="n", scaling=ScalingConfig(gpuBudget=0))
+    asleep = model(replicas=0, scaling={"minReplicas": 0, "maxReplicas": 2})
+    here = Setup(asleep, deployment(gpus=1), config=config)
+    here.numbers.say(held=1, workflow_held=1)
+    await here.rounds(2)
+    assert here.server.condition("ScalingActive") == ("False", "ActivationBlocked")
+    here.scaler._config = OperatorConfig(image="n", scaling=ScalingConfig(gpuBudget=1))
+    assert await here.rounds() == [("dit", 1)]
+    assert here.server.condition("ScalingActive") == ("True", "ScalingByDemand")
+
+
 async def test_what_holds_a_model_back_is_said_until_it_has_not_for_a_while():
     config = OperatorConfig(image="n", scaling=ScalingConfig(gpuBudget=2))
     here = Setup(model(replicas=2), deployment(gpus=1), config=config)

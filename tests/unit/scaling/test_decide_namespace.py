@@ -226,6 +226,13 @@ def test_a_resource_quota_counts_what_others_use_too(used, replicas):
     assert decided(Namespace({"a": model(1, 6)}, budget=budget))["a"][0] == replicas
 
 
+def test_pods_that_are_still_to_come_are_in_a_quota_already():
+    """Two were asked for and are not there yet; others use 7 of the 10."""
+    coming = replace(model(2, 16), live=0)
+    budget = Budget(quota=10, quota_used=7)
+    assert decided(Namespace({"a": coming}, budget=budget))["a"][0] == 3
+
+
 def test_a_quota_that_is_full_takes_nothing_away():
     budget = Budget(quota=7, quota_used=7)
     assert decided(Namespace({"a": model(3, 6)}, budget=budget))["a"] == (3, Reason.STEADY)
