@@ -26,14 +26,15 @@ PATIENCE = 60.0
 STAGES = {"dit": "denoise", "vae": "decode", "clip": "encode", "shed": "denoise"}
 
 
-def who_scaled(plane: ControlPlane, since: int, namespace: str) -> set[str]:
-    """The programs that wrote a scale subresource since the mark. (Of a custom resource the API
+def who_scaled(plane: ControlPlane, since: int, namespace: str, model: str = "dit") -> set[str]:
+    """The programs that wrote the model's scale since the mark. (Of a custom resource the API
     server notes no field manager there: spec.replicas has none.)"""
     return {
         write["userAgent"].split("/")[0]
         for write in plane.writes(since)
         if write["objectRef"].get("subresource") == "scale"
         and write["objectRef"].get("namespace") == namespace
+        and write["objectRef"].get("name") == model
     }
 
 

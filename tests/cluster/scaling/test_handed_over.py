@@ -148,7 +148,8 @@ def test_a_real_hpa_scales_a_model_and_the_operator_follows(
     kube.patch("DiffusionModel", MODEL, {"spec": {"replicas": 6}}, subresource="scale")
     gateway.set("dit", queued=0)
     _wait_served(kube, 1)
-    assert who_scaled(control_plane, mark, kube.namespace) == {"kube-controller-manager", "tests"}
+    scalers = who_scaled(control_plane, mark, kube.namespace, MODEL)
+    assert scalers == {"kube-controller-manager", "tests"}
     # What does not answer is not zero, for the HPA neither.
     gateway.set("dit", queued=5)
     _wait_served(kube, 3)
