@@ -129,9 +129,7 @@ class Cluster:
 
     def clean(self) -> None:
         """Remove what a cluster left, also one whose tests were killed."""
-        for node in sorted(self.folder.glob("node*")):
-            self._node("down", node.name.removeprefix("node"))
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._node("clean")
 
     def check(self) -> None:
         """Raises AssertionError with all that is left of a cluster on this machine."""

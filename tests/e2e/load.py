@@ -33,10 +33,10 @@ class Shot:
 
 
 class Load:
-    """Open-loop load by the official client, in a thread: `rate` requests a second, may be changed.
+    """Open-loop load by the official client, in a thread: `rate` requests a second.
 
-    Leaving the block stops asking, and waits for all that was asked for. `retries`: the client's own,
-    all of one request under one idempotency key.
+    Leaving the block stops asking, and waits for all answers. `retries`: the client's own, with
+    all of a request under one idempotency key.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 # Copyright 2026 The KubeDiffusion Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The chart on a real cluster, and what its users do: apply workflows, draw, look at what is there."""
+"""The chart on a real cluster, and what its users do: apply, draw, look at what is there."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Release:
         self.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(objects))
 
     def serve(self, *objects: Object, timeout: float = START_TIMEOUT) -> list[Object]:
-        """Apply workflows (and whatever they need), and wait until they are Ready as they are now."""
+        """Apply workflows and what they need, and wait until they are Ready as they are now."""
         self.apply(*objects)
         names = [
             each["metadata"]["name"] for each in objects if each["kind"] == "DiffusionWorkflow"
