@@ -94,13 +94,13 @@ class Release:
         self.kube.wait_for("Deployment", name, done, timeout=timeout)
 
     def metric(self, component: str, name: str) -> float:
-        """A sample without labels, of the component's first pod."""
+        """The sum of a metric's samples, of the component's first pod."""
         address = self.pods(component)[0]["status"]["podIP"]
         with urllib.request.urlopen(f"http://{address}:9090/metrics", timeout=10) as answer:
             text = answer.read().decode()
-        found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+        found = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
         assert found, f"no {name} in the metrics of {component}"
-        return float(found[1])
+        return sum(map(float, found))
 
     # The user
 
@@ -138,6 +138,10 @@ class Release:
         """By role, the names of the newest revision's DiffusionModels."""
         models = self.kube.get("DiffusionWorkflow", workflow)["status"]["models"]
         return {each["role"]: each["model"] for each in models}
+
+    def history(self, model: str) -> list[Object]:
+        """Its scalingHistory, newest first."""
+        return self.kube.get("DiffusionModel", model).get("status", {}).get("scalingHistory", [])
 
     def model_pods(self, model: str) -> list[Object]:
         """Those that are not going."""
