@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
+from any_fleet import NOW, fleets, tasks
 from hypothesis import given
 from hypothesis import strategies as st
-from test_placement import NOW, fleets, tasks
 
 from kubediffusion.scheduling.fleet import NodeState
 from kubediffusion.scheduling.placement import NEARLY, PlacementTask, place
