@@ -42,6 +42,7 @@ prometheus:
 {{- end }}
 networkPolicies:
   enabled: {{ .Values.networkPolicy.enabled }}
+  huggingFace: {{ .Values.networkPolicy.huggingFace }}
   {{- with .Values.networkPolicy.nodesEgress }}
   extraEgress:
     {{- toYaml . | nindent 4 }}
