@@ -42,18 +42,22 @@ def section(text: str, heading: str) -> str:
     return re.split(rf"^#{{1,{level}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def codes(cell: str) -> list[str]:
-    """What stands in backticks."""
-    return re.findall(r"`([^`]+)`", cell)
+def codes(text: str) -> list[str]:
+    """What stands in backticks, fenced blocks aside."""
+    return re.findall(r"`([^`\n]+)`", without_blocks(text))
 
 
 def without_links(cell: str) -> str:
     return re.sub(r"\[([^]]+)]\([^)]+\)", r"\1", cell)
 
 
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+
+
 def without_code(text: str) -> str:
     """Prose alone: neither fenced blocks nor what stands in backticks."""
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+    return re.sub(r"`[^`\n]*`", "", without_blocks(text))
 
 
 def links(text: str) -> Iterator[str]:
@@ -64,8 +68,7 @@ def links(text: str) -> Iterator[str]:
 def anchors(text: str) -> set[str]:
     """What GitHub makes of the headings, a second one of the same words numbered."""
     found: set[str] = set()
-    fenced = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
-    for heading in re.findall(r"^#+ (.+)$", fenced, flags=re.M):
+    for heading in re.findall(r"^#+ (.+)$", without_blocks(text), flags=re.M):
         plain = without_links(heading).replace("`", "").lower()
         anchor = re.sub(r"[^\w\- ]", "", plain).strip().replace(" ", "-")
         number = sum(1 for each in found if re.fullmatch(rf"{re.escape(anchor)}(-\d+)?", each))
