@@ -155,11 +155,19 @@ def of_page(name: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_is_there_with_its_type_and_default(name: str) -> None:
     rows = of_page(name)
-    said = {field: tuple(row[1:-1]) for field, row in rows.items()}
-    status = all(len(row) == 1 for row in said.values())
-    assert said == {field: row[:1] if status else row for field, row in FIELDS[name].items()}, (
-        f"{name} in docs/resources.md: type and default are derived from the types; copy these"
-    )
+    said = {field: row[1:-1] for field, row in rows.items()}
+    is_status = all(len(row) == 1 for row in said.values())
+    wanted = {
+        field: [kind] if is_status else [kind, default]
+        for field, (kind, default) in FIELDS[name].items()
+    }
+    missing = [
+        f"| {' | '.join([f'`{field}`', *row])} | ... |"
+        for field, row in wanted.items()
+        if said.get(field) != row
+    ]
+    assert missing == [], f"rows that docs/resources.md lacks in the table of {name}"
+    assert [field for field in said if field not in wanted] == [], "fields that are gone"
     assert all(row[-1] for row in rows.values()), "a field without a word on what it does"
 
 
