@@ -81,6 +81,11 @@ logLevel: {{ .Values.logLevel }}
 {{- with include "kubediffusion.prometheusUrl" . -}}
 url: {{ . }}
 {{- end }}
+{{- /* Three scrapes, and not less than the operator's own 30 s. */}}
+{{- $interval := ternary .Values.prometheus.scrapeIntervalSeconds .Values.monitors.intervalSeconds .Values.prometheus.enabled | int }}
+{{- if gt $interval 10 }}
+staleSeconds: {{ mul 3 $interval }}
+{{- end }}
 {{- if .Values.prometheus.enabled }}
 namespace: {{ .Release.Namespace }}
 selector:
