@@ -31,7 +31,10 @@ class ImageRun:
     ) -> None:
         self.plan = plan
         self.closed = False
-        self.tasks = {task.name: TaskRun(task) for task in plan.tasks}
+        self.tasks = {
+            task.name: TaskRun(task, checkpoint=plan.checkpoints.get(task.name))
+            for task in plan.tasks
+        }
         self._fleet = fleet
         self._config = config
         self._listener = listener
@@ -208,6 +211,7 @@ class ImageRun:
         kept = all(tensor.HasField("inline") for tensor in checkpoint.tensors.values())
         if checkpoint.step and kept:
             task.checkpoint = checkpoint
+            self._listener.checkpointed(self, task.planned.name, checkpoint)
 
     def _done(self, attempt: Attempt, body: node_pb2.Done) -> None:
         task, planned = attempt.task, attempt.task.planned
