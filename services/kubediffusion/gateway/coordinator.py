@@ -60,7 +60,11 @@ class ImageRun:
 
     @property
     def is_held(self) -> bool:
-        return self._waits
+        """Whether it waits for a model that no node serves, rather than for its turn at one."""
+        return self._waits and any(
+            task.status is TaskStatus.HELD and self._fleet.missing(task.planned.models)
+            for task in self.tasks.values()
+        )
 
     @property
     def is_running(self) -> bool:

@@ -221,7 +221,7 @@ class Flight:
             await asyncio.wait(list(self._work))
 
     def whereabouts(self) -> list[str]:
-        """Of each image: held (no node can take it), running, or queued."""
+        """Of each image: held (a model has no node), running, or queued (no node took it yet)."""
         if not self.runs:
             return ["held"] * self.admitted
         return [
