@@ -45,6 +45,8 @@ class ImageRun:
         self._touched: dict[NodeConnection, None] = {}
         self._timers = Timers()
         self._waits = False
+        # What the nodes have to say to the caller, in order, each thing once.
+        self.warnings: dict[str, None] = {}
 
     @property
     def attempts_open(self) -> int:
@@ -229,6 +231,7 @@ class ImageRun:
         self._leave(attempt)
         task.status = TaskStatus.DONE
         task.outputs = body.outputs
+        self.warnings.update(dict.fromkeys(body.warnings))
         task.checkpoint = None
         by_ref = any(stored(value) for value in body.outputs.values())
         task.kept_by = (attempt.node.address, attempt.node.incarnation) if by_ref else None

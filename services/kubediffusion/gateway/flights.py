@@ -317,6 +317,9 @@ class Flight:
 
     def _deliver(self, run: ImageRun, picture: gateway_pb2.Image) -> None:
         run.close()
+        picture.warnings.extend(run.warnings)
+        for warning in run.warnings:
+            log.warning("request %s: %s", self.request_id, warning)
         self.nbytes += len(picture.png)
         self._emit(run.plan.index, image=picture)
         self._images_left -= 1

@@ -239,6 +239,7 @@ class Device:
             result = task.resident.loaded.run(task.assign.stage, inputs, task.loras)
             task.run_seconds = perf_counter() - begin
             outputs = self._outputs(task, result)
+            task.warnings = result.get("warnings", ())
         except Exception as error:
             task.run_seconds = perf_counter() - begin
             self._fail(task, error)

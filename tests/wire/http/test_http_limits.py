@@ -50,7 +50,7 @@ async def test_a_body_is_counted_as_it_comes(gateway, path, declared):
 async def test_where_gateways_take_turns_an_image_by_url_is_refused_before_it_is_drawn(gateway):
     app = build_app(gateway, image_urls=False)
     async with client_of(app) as http:
-        body = {"model": "sd3", "prompt": "x", "response_format": "url"}
+        body = {"model": "shapes", "prompt": "x", "response_format": "url"}
         error = check_error(await http.post(GENERATIONS, json=body), 400)
         assert error["param"] == "response_format"
         assert "b64_json" in error["message"]
