@@ -98,7 +98,6 @@ class Attempt:
         "expected_seconds",
         "node",
         "request_id",
-        "resumed_at",
         "run",
         "since",
         "started",
@@ -123,7 +122,6 @@ class Attempt:
         self.expected_seconds = placement.run_seconds
         self.since = since
         self.started = False
-        self.resumed_at = 0
 
     def handle(self, kind: str, body: Any) -> None:
         if self.task.attempt is self:

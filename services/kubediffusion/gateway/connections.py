@@ -167,7 +167,7 @@ class NodeConnection:
 
     # ------------------------------------------------------------ what the coordinator does
 
-    def assign(self, assignment: Assignment, message: node_pb2.Assign, serial: int) -> None:
+    def assign(self, assignment: Assignment, message: node_pb2.WorkRequest, serial: int) -> None:
         key = (assignment.request_id, assignment.task_name)
         self._assigned[key] = assignment
         self._full.sent(key)
@@ -175,7 +175,7 @@ class NodeConnection:
         self._sent += assignment.expected_seconds
         self.last_placed = serial
         self._state = None
-        self._outbox.send(node_pb2.WorkRequest(assign=message))
+        self._outbox.send(message)
 
     def forget(self, assignment: Assignment) -> None:
         """The assignment is over, or no longer of interest: its events are dropped from now on."""

@@ -146,8 +146,6 @@ class ImageRun:
         message = assign_message(
             self.plan, task, self.tasks, placement, self._config.checkpoint_every, self._fleet.now()
         )
-        if message.lease.HasField("resume"):
-            attempt.resumed_at = message.lease.resume.step
         task.status = TaskStatus.ASSIGNED
         task.attempt = attempt
         self._touched[node] = None
