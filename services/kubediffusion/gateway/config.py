@@ -60,7 +60,7 @@ class JobLimits:
     # clocks have to agree to within a part of that. Each looks about once a `beat`.
     lease: float = 30.0
     beat: float = 2.0
-    # A job that so many gateways vanished with is not tried again.
+    # A job that more gateways than these vanished with is not tried again.
     losses: int = 5
     # Between two writes of one job's checkpoints.
     checkpoint_every: float = 2.0

@@ -58,6 +58,10 @@ class JobDatabase:
                 reason="JobDatabase",
             ) from error
 
+    @property
+    def is_open(self) -> bool:
+        return self._store is not None
+
     async def close(self) -> None:
         store, self._store = self._store, None
         if store is not None:

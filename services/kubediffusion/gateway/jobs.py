@@ -82,7 +82,8 @@ class Jobs:
         self._closed = True
 
     async def stop(self) -> None:
-        """Ends what runs; with a database that stays, it goes on in another gateway."""
+        """Ends what runs; with a database that stays, it goes on in another gateway. Safe to call
+        again."""
         self.close()
         if self._beating is not None:
             self._beating.cancel()
@@ -94,7 +95,8 @@ class Jobs:
             run.abandon()
         await asyncio.gather(*(run.task for run in runs if run.task), return_exceptions=True)
         try:
-            await self._database.do(lambda store: store.give_back(self._owner))
+            if self._database.is_open:
+                await self._database.do(lambda store: store.give_back(self._owner))
         except KubeDiffusionError as error:
             log.warning("jobs were not handed over, and wait for their leases to lapse: %s", error)
         await self._database.close()
