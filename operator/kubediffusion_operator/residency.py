@@ -120,9 +120,15 @@ class Residency:
 
     async def _send(self, pod: _Pod) -> None:
         write = pod.wanted
-        async with self._slots:
-            report = await self._call(write, pod.report)
-        pod.task = None
+        try:
+            async with self._slots:
+                report = await self._call(write, pod.report)
+        except Exception as error:  # a bug of ours must not end the asking
+            log.exception("pod %s: its answer cannot be read", write.pod)
+            text = f"its answer cannot be read: {type(error).__name__}: {error}"
+            report = ResidencyReport(write.restarts, 0, error=text)
+        finally:
+            pod.task = None
         if report.error:
             pod.failures += 1
             pause = min(PAUSE_FIRST * 2 ** min(pod.failures - 1, 16), PAUSE_MOST)
@@ -196,5 +202,5 @@ def _report(
 
 
 def _state(state: int) -> ModelState:
-    name = node_pb2.ModelState.Name(cast(node_pb2.ModelState, state))
-    return cast(ModelState, name.removeprefix("MODEL_STATE_"))
+    """UNSPECIFIED for one that only a newer node knows."""
+    return cast(ModelState, rpc.word_of(node_pb2.ModelState, state, "MODEL_STATE_"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kubediffusion import rpc
 from kubediffusion.errors import Internal, InvalidInput, KubeDiffusionError, Unavailable
 from kubediffusion.gateway.attempts import Attempt, RunListener, TaskRun, TaskStatus
 from kubediffusion.gateway.config import GatewayConfig
@@ -274,7 +275,7 @@ class ImageRun:
             return
         if reason == node_pb2.DECLINE_REASON_FINGERPRINT:
             attempt.task.checkpoint = None
-        name = node_pb2.DeclineReason.Name(reason).removeprefix("DECLINE_REASON_")
+        name = rpc.word_of(node_pb2.DeclineReason, reason, "DECLINE_REASON_")
         self.task_lost(attempt, "Declined", f"{name}: {body.message}")
 
     def _yielded(self, attempt: Attempt, body: node_pb2.Yielded) -> None:
@@ -294,7 +295,7 @@ class ImageRun:
         elif body.reason == node_pb2.FAILURE_REASON_INPUT_LOST:
             self._input_lost(attempt, body)
         else:
-            word = node_pb2.FailureReason.Name(body.reason).removeprefix("FAILURE_REASON_")
+            word = rpc.word_of(node_pb2.FailureReason, body.reason, "FAILURE_REASON_")
             self.task_lost(attempt, word.title().replace("_", ""), body.message)
 
     def _input_lost(self, attempt: Attempt, body: node_pb2.Failed) -> None:

@@ -20,7 +20,7 @@ from one_image import (
     up,
 )
 
-from kubediffusion.errors import InvalidInput, Unavailable
+from kubediffusion.errors import Internal, InvalidInput, Unavailable
 from kubediffusion.gateway.coordinator import ImageRun
 from kubediffusion.v1alpha1 import node_pb2
 
@@ -52,6 +52,7 @@ async def test_release_reaches_every_node_that_took_part(tmp_path):
         node_pb2.DECLINE_REASON_QUEUE_FULL,
         node_pb2.DECLINE_REASON_OUT_OF_MEMORY,
         node_pb2.DECLINE_REASON_OLD_EPOCH,
+        99,  # of a newer node
     ],
 )
 async def test_a_refused_task_goes_elsewhere(tmp_path, reason):
@@ -78,6 +79,22 @@ async def test_a_full_node_is_asked_again_later_if_there_is_no_other(tmp_path):
         run, outcome = await run_one(fleet)
         assert_image(outcome)
         assert [t.attempts for t in run.times()] == [1, 1, 1]  # a refusal is no attempt
+
+
+async def test_words_of_a_newer_node_are_told_as_they_are(tmp_path):
+    unknown = script_for("denoise", -1, lambda assign: declined(assign, 99, "too hot"), times=1)
+    broken = script_for("decode", -1, lambda assign: failed(assign, 99, "too cold"), times=99)
+    nodes = [
+        FakeNode(tmp_path, "a", ("text", "dit"), script=unknown),
+        FakeNode(tmp_path, "b", ("vae",), script=broken),
+    ]
+    async with fleet_of(nodes) as fleet:
+        _, outcome = await run_one(fleet)
+        error = outcome.end.result()
+        assert isinstance(error, Internal)
+        assert "too cold" in str(error)
+        reasons = [event[3] for event in outcome.of("resumed")]
+        assert reasons == ["Declined", *["Unspecified"] * (len(reasons) - 1)]
 
 
 async def test_invalid_input_fails_the_request_and_names_the_field(tmp_path):
