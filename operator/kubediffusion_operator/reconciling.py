@@ -180,7 +180,7 @@ class Reconciler:
             for (kind, name), status in wanted.status.items()
         )
         for event in wanted.events:
-            await self._recorder.record(observed.namespace, event)
+            self._recorder.record(observed.namespace, event)
         self._residency.send(observed.namespace, wanted.residency)
         for workflow in wanted.resolve:
             self._resolver.want(observed.namespace, workflow)
@@ -265,7 +265,7 @@ class Reconciler:
         except KubeDiffusionError as error:
             if write.on_existing and isinstance(error, ApiError) and error.status == NOT_FOUND:
                 return  # it went meanwhile; a watch will tell
-            await self._failed(done, write, about, error)
+            self._failed(done, write, about, error)
             return
         if not self._holds.wrote(key, write.digest, write.before, after, self._now()):
             done.written += 1
@@ -273,9 +273,7 @@ class Reconciler:
         done.rest_at_most(self._holds.wait(key, write.digest, after, self._now()))
         log.warning("%s %s/%s: the API server does not keep what is written", *_named(key))
 
-    async def _failed(
-        self, done: _Round, write: _Write, about: Ref, error: KubeDiffusionError
-    ) -> None:
+    def _failed(self, done: _Round, write: _Write, about: Ref, error: KubeDiffusionError) -> None:
         lost_token = isinstance(error, ApiError) and error.status == UNAUTHORIZED
         if passes(error) or lost_token or not isinstance(error, ApiError):
             done.trouble = done.trouble or error
@@ -287,7 +285,7 @@ class Reconciler:
         if write.on_existing:
             message = f"the API server refuses {write.what} {write.name}: {error.message}"
             event = EventRecord(about, "Warning", "WriteRefused", message)
-            await self._recorder.record(done.namespace, event)
+            self._recorder.record(done.namespace, event)
         else:
             # The plan tells it, where the user looks.
             done.refused[write.what, write.name] = error.message

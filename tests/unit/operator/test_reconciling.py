@@ -99,7 +99,7 @@ class Hands:
 
     # The recorder's
 
-    async def record(self, namespace: str, event: EventRecord) -> bool:
+    def record(self, namespace: str, event: EventRecord) -> bool:
         self._do(f"event {event.reason}", event.about.name)
         return True
 
