@@ -28,6 +28,7 @@ from kubediffusion_operator.planning.types import (
     Object,
     Observed,
     Plan,
+    PlanningError,
     Ref,
     ScaleWrite,
 )
@@ -105,6 +106,7 @@ class Reconciler:
         self._holds = Holds()
         self._caches: dict[str, PlanCache] = {}
         self._refused: dict[str, Mapping[tuple[str, str], str]] = {}
+        self._errors: dict[str, frozenset[PlanningError]] = {}
 
     async def reconcile(self, namespace: str) -> float | None:
         """Seconds after which to come back; None: when something happens.
@@ -132,6 +134,7 @@ class Reconciler:
         with self._metrics.plan_seconds.time():
             # In a thread: a namespace of hundreds of workflows takes long enough to miss a probe.
             wanted = await asyncio.to_thread(self._plan, observed, cache)
+        self._tell_errors(namespace, wanted)
         done = await self._carry_out(observed, wanted)
         self._refused[namespace] = done.refused
         if done.trouble is not None:
@@ -140,6 +143,16 @@ class Reconciler:
             return 0.0  # what was written may ask for more: until a plan is empty
         done.rest_at_most(wanted.requeue_after)
         return done.rest
+
+    def _tell_errors(self, namespace: str, wanted: Plan) -> None:
+        """What planning did not understand: once, until it is another error."""
+        known = self._errors.pop(namespace, frozenset())
+        for error in wanted.errors:
+            if error not in known:
+                named = error.about.kind, namespace, error.about.name
+                log.error("planning %s %s/%s failed\n%s", *named, error.traceback)
+        if wanted.errors:
+            self._errors[namespace] = frozenset(wanted.errors)
 
     def _observe(self, namespace: str) -> Observed:
         def copy(kind: str) -> dict[str, Object]:
@@ -160,6 +173,7 @@ class Reconciler:
     def _forget(self, namespace: str) -> None:
         self._caches.pop(namespace, None)
         self._refused.pop(namespace, None)
+        self._errors.pop(namespace, None)
         self._holds.forget(namespace)
 
     def expire(self) -> None:

@@ -5,6 +5,7 @@ pools, and models that nobody wants any more."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -29,7 +30,7 @@ from kubediffusion_operator.planning.revisions import History, by_workflow, hist
 from kubediffusion_operator.planning.rollout import Rollout, rolled
 from kubediffusion_operator.planning.sharing import Conflict, Shared, shared, unheard
 from kubediffusion_operator.planning.standing import Standing, child, standing
-from kubediffusion_operator.planning.types import EventRecord, Object, Objects, Observed
+from kubediffusion_operator.planning.types import Object, Objects, Observed, PlanningError
 
 T = TypeVar("T")
 
@@ -57,19 +58,28 @@ class Scene:
     bad_pools: dict[str, Failure] = field(default_factory=dict[str, Failure])
     # uids of workflows that could not be followed: what they have stays.
     blind: set[str] = field(default_factory=set[str])
-    events: list[EventRecord] = field(default_factory=list[EventRecord])
+    # What could not be planned, by (kind, name).
+    errors: dict[tuple[str, str], PlanningError] = field(
+        default_factory=dict[tuple[str, str], PlanningError]
+    )
 
     @property
     def histories(self) -> list[History]:
         return [rollout.history for rollout in self.rollouts]
 
     def guarded(self, about: Object, make: Callable[[], T]) -> T | None:
-        """An object that nobody foresaw must not stop the others; it is told so."""
+        """An object that nobody foresaw must not stop the others; its condition says so, and what
+        it has stays as it is."""
         try:
             return make()
         except Exception as error:
-            text = f"planning failed: {type(error).__name__}: {error}; please report it"
-            self.events.append(EventRecord(ref_of(about), "Warning", "PlanningFailed", text))
+            text = (
+                f"this version of the operator cannot plan it ({type(error).__name__}: {error}): "
+                "what was there before stays; undo the last change, and please report the "
+                "traceback in the operator's log"
+            )
+            ref = ref_of(about)
+            self.errors[ref.kind, ref.name] = PlanningError(ref, text, traceback.format_exc())
             return None
 
 
@@ -163,7 +173,12 @@ def _share(scene: Scene, cache: PlanCache) -> None:
         if there is not None and not is_ours(there):
             lost = unheard(model)
         else:
-            scene.wanted[name], lost = wanted_object(model, cache)
+            made = scene.guarded(
+                model.workflows[0], lambda model=model: wanted_object(model, cache)
+            )
+            if made is None:
+                continue
+            scene.wanted[name], lost = made
         for conflict in lost:
             scene.conflicts.setdefault(conflict.workflow, []).append(conflict)
 

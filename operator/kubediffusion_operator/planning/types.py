@@ -157,6 +157,16 @@ class ResidencyWrite:
     content: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class PlanningError:
+    """An object that planning does not understand, which is a bug of the operator's. `traceback` is
+    for its log; the object itself says the rest, in its condition Ready."""
+
+    about: Ref
+    message: str
+    traceback: str = field(compare=False, default="")
+
+
 @dataclass
 class Plan:
     """What to do, all of it needed. Nothing in it where the namespace is as it should be."""
@@ -172,6 +182,7 @@ class Plan:
     resolve: list[Object] = field(default_factory=list[Object])
     # Written only after `status`: a pool's plan is counted there.
     residency: list[ResidencyWrite] = field(default_factory=list[ResidencyWrite])
+    errors: list[PlanningError] = field(default_factory=list[PlanningError])
     # Seconds after which to plan again though nothing happened.
     requeue_after: float | None = None
 
