@@ -193,6 +193,7 @@ class ImageRun:
     # ------------------------------------------------------------ events of a node
 
     def _accepted(self, attempt: Attempt, body: node_pb2.Accepted) -> None:
+        attempt.task.refused_since = None
         self._started(attempt)
 
     def _started(self, attempt: Attempt) -> None:
@@ -271,12 +272,34 @@ class ImageRun:
         if reason in _ELSEWHERE:
             self._leave(attempt)
             attempt.task.attempts -= 1
+            if reason == node_pb2.DECLINE_REASON_NOT_RESIDENT and self._refused_too_long(
+                attempt.task, body.message
+            ):
+                return
             self._dispatch(attempt.task)
             return
         if reason == node_pb2.DECLINE_REASON_FINGERPRINT:
             attempt.task.checkpoint = None
         name = rpc.word_of(node_pb2.DeclineReason, reason, "DECLINE_REASON_")
         self.task_lost(attempt, "Declined", f"{name}: {body.message}")
+
+    def _refused_too_long(self, task: TaskRun, why: str) -> bool:
+        """Fails a task that no node will run though some have its model: their plan may never come
+        to know what it needs, a LoRA, say."""
+        now = self._fleet.now()
+        if task.refused_since is None:
+            task.refused_since = now
+        if now - task.refused_since < self.plan.activation_timeout:
+            return False
+        self._fail(
+            Unavailable(
+                f"no model node took stage '{task.planned.stage}' within "
+                f"{self.plan.activation_timeout:g} s ({why}); check `kubediffusion status`, or "
+                "send the request again later",
+                reason="NoReplica",
+            )
+        )
+        return True
 
     def _yielded(self, attempt: Attempt, body: node_pb2.Yielded) -> None:
         """A node that drains, or evicts the model, gave the lease back: nobody's failure."""

@@ -154,6 +154,7 @@ class Residency:
         for resident in self._residents.values():
             resident.status.downloaded_bytes = resident.progress.done
             resident.status.total_bytes = resident.progress.total
+            resident.status.tasks = len(resident.tasks)
         return [resident.status for resident in self._residents.values()]
 
     @property

@@ -68,6 +68,25 @@ async def test_a_refused_task_goes_elsewhere(tmp_path, reason):
         assert nodes[1].steps["r1"] == STEPS
 
 
+async def test_a_task_that_nodes_with_its_model_will_not_take_fails_in_the_end(tmp_path):
+    clock = [0.0]
+
+    def refuse(assign):
+        clock[0] += 100.0
+        return declined(assign, node_pb2.DECLINE_REASON_NOT_RESIDENT, "no LoRA 'ink'")
+
+    node = FakeNode(tmp_path, "a", script=script_for("denoise", -1, refuse, times=99))
+    async with fleet_of([node]) as fleet:
+        fleet.now = lambda: clock[0]
+        _, outcome = await run_one(fleet, plan(activation_timeout=250.0))
+        error = outcome.end.result()
+        assert isinstance(error, Unavailable)
+        assert "no LoRA 'ink'" in str(error)
+        assert error.reason == "NoReplica"
+        # A node that only lags behind its plan was asked again.
+        assert sum(each.stage == "denoise" for each in node.assigned) == 4
+
+
 async def test_a_full_node_is_asked_again_later_if_there_is_no_other(tmp_path):
     full = script_for(
         "denoise",
