@@ -195,7 +195,7 @@ class Reconciler:
         )
         for event in wanted.events:
             self._recorder.record(observed.namespace, event)
-        self._residency.send(observed.namespace, wanted.residency)
+        self._residency.send(observed.namespace, [*wanted.residency, *wanted.looks])
         for workflow in wanted.resolve:
             self._resolver.want(observed.namespace, workflow)
         if wanted.writes:

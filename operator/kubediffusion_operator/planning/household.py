@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from kubediffusion_operator.planning.cache import PlanCache
 from kubediffusion_operator.planning.children import Nodes, children, downloads
@@ -21,7 +23,7 @@ from kubediffusion_operator.planning.names import (
 )
 from kubediffusion_operator.planning.podtemplate import BadFragmentError
 from kubediffusion_operator.planning.pools import PoolPlan
-from kubediffusion_operator.planning.residency import own_content, report_of, write_to
+from kubediffusion_operator.planning.residency import look_at, own_content, report_of, write_to
 from kubediffusion_operator.planning.scene import Scene, is_held
 from kubediffusion_operator.planning.standing import Standing, child
 from kubediffusion_operator.planning.types import Object, ResidencyWrite
@@ -35,6 +37,7 @@ class Household:
     children: list[Object] = field(default_factory=list[Object])
     kept: set[str] = field(default_factory=set[str])
     residency: list[ResidencyWrite] = field(default_factory=list[ResidencyWrite])
+    looks: list[ResidencyWrite] = field(default_factory=list[ResidencyWrite])
 
 
 def household(scene: Scene, cache: PlanCache) -> Household:
@@ -81,9 +84,19 @@ def _alone(made: Household, scene: Scene, found: Standing, cache: PlanCache) -> 
         found.message = "the workflow's strategy is Replace: the old models' pods go first"
     made.children += objects
     for pod in pods:
-        write = write_to(pod, content, observed.residency)
-        made.residency += [write] if write is not None else []
+        _tell(made, scene, pod, content, watched=name in scene.watched)
     return True
+
+
+def _tell(
+    made: Household, scene: Scene, pod: Object, content: Mapping[str, Any], *, watched: bool
+) -> None:
+    """What it was not told yet; where its tasks are waited for, what it knows once more."""
+    write = write_to(pod, content, scene.observed.residency)
+    if write is not None:
+        made.residency.append(write)
+    elif watched and (look := look_at(pod, content)) is not None:
+        made.looks.append(look)
 
 
 def _children(
@@ -123,6 +136,6 @@ def _pool(made: Household, scene: Scene, plan: PoolPlan, cache: PlanCache) -> bo
     )
     made.children += _children(made, scene, nodes, cache, None)
     for name, pod in plan.nodes.items():
-        write = write_to(pod, plan.content(name), scene.observed.residency)
-        made.residency += [write] if write is not None else []
+        watched = not scene.watched.isdisjoint(plan.hosts(name))
+        _tell(made, scene, pod, plan.content(name), watched=watched)
     return True

@@ -233,7 +233,7 @@ def _ours_of(status: Mapping[str, object]) -> dict[str, object]:
 
 
 def _residency(result: Plan, scene: Scene, made: Household) -> None:
-    result.residency = made.residency
+    result.residency, result.looks = made.residency, made.looks
     waits = [POLL_SECONDS] if made.residency else []
     waits += [r.remaining for r in scene.rollouts if r.remaining is not None]
     waits += [each.retry_in for each in scene.pools.values() if each.retry_in is not None]

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+from kubediffusion.workflow import LoraDecl
 from kubediffusion_operator.planning.children import content_in
 from kubediffusion_operator.planning.models import node_spec
 from kubediffusion_operator.planning.names import (
@@ -21,7 +22,12 @@ from kubediffusion_operator.planning.names import (
     status_of,
     uid_of,
 )
-from kubediffusion_operator.planning.types import Object, ResidencyReport, ResidencyWrite
+from kubediffusion_operator.planning.types import (
+    LoraKey,
+    Object,
+    ResidencyReport,
+    ResidencyWrite,
+)
 
 # A node that waits so does not come back by itself soon.
 _STUCK = frozenset({"CrashLoopBackOff", "ImagePullBackOff", "ErrImagePull", "ErrImageNeverPull"})
@@ -61,12 +67,34 @@ def write_to(
     report = report_of(pod, residency)
     if is_done(content, report):
         return None
+    return _write(pod, content)
+
+
+def look_at(pod: Object, content: Mapping[str, Any]) -> ResidencyWrite | None:
+    """What the pod knows already: its answer says what it does now. None where it cannot hear."""
+    return _write(pod, content) if is_running(pod) else None
+
+
+def _write(pod: Object, content: Mapping[str, Any]) -> ResidencyWrite:
     return ResidencyWrite(
         pod=name_of(pod),
         uid=uid_of(pod),
         restarts=restarts_of(pod),
         address=f"{status_of(pod)['podIP']}:{GRPC_PORT}",
         content=content,
+    )
+
+
+def key_of(lora: LoraDecl) -> LoraKey:
+    return lora.name, lora.uri, lora.revision, lora.subfolder, lora.weight_name
+
+
+def loras_in(spec: Mapping[str, Any]) -> frozenset[LoraKey]:
+    """Of a model in what a node is told: node.proto's ModelSpec in protobuf's JSON."""
+    fields = ("name", "uri", "revision", "subfolder", "weightName")
+    return frozenset(
+        cast(LoraKey, tuple(str(lora.get(name, "")) for name in fields))
+        for lora in items(spec, "loras")
     )
 
 
@@ -96,6 +124,12 @@ def is_usable(pod: Object, *, hosting: bool) -> bool:
         "Succeeded",
     )
     return hosting and not stuck and not is_going(pod) and bool(status_of(pod).get("podIP"))
+
+
+def takes_requests(pod: Object) -> bool:
+    """Its node has something to serve, as its readiness probe found."""
+    conditions = items(status_of(pod), "conditions")
+    return any(c.get("type") == "Ready" and c.get("status") == "True" for c in conditions)
 
 
 def restarts_of(pod: Object) -> int:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from kubediffusion_operator.planning.cache import PlanCache
 from kubediffusion_operator.planning.failures import Failure
-from kubediffusion_operator.planning.models import pool_of, wanted_object
+from kubediffusion_operator.planning.models import node_spec, pool_of, wanted_object
 from kubediffusion_operator.planning.names import (
     MODEL,
     POOL,
@@ -26,8 +26,9 @@ from kubediffusion_operator.planning.names import (
     uid_of,
 )
 from kubediffusion_operator.planning.pools import PoolPlan, planned
+from kubediffusion_operator.planning.residency import loras_in
 from kubediffusion_operator.planning.revisions import History, by_workflow, history
-from kubediffusion_operator.planning.rollout import Rollout, rolled
+from kubediffusion_operator.planning.rollout import Rollout, let_end, rolled
 from kubediffusion_operator.planning.sharing import Conflict, Shared, shared, unheard
 from kubediffusion_operator.planning.standing import Standing, child, standing
 from kubediffusion_operator.planning.types import Object, Objects, Observed, PlanningError
@@ -62,6 +63,11 @@ class Scene:
     errors: dict[tuple[str, str], PlanningError] = field(
         default_factory=dict[tuple[str, str], PlanningError]
     )
+
+    @property
+    def watched(self) -> frozenset[str]:
+        """Models whose nodes have to say what tasks are left."""
+        return frozenset[str]().union(*(rollout.watched for rollout in self.rollouts))
 
     @property
     def histories(self) -> list[History]:
@@ -103,21 +109,41 @@ def gather(observed: Observed, cache: PlanCache) -> Scene:
             scene.blind.add(uid_of(workflow))
         if found is not None:
             scene.rollouts.append(found)
+    _drain(scene)
     _share(scene, cache)
     _part(scene)
     return scene
 
 
+def _drain(scene: Scene) -> None:
+    for rollout in scene.rollouts:
+        if rollout.draining:
+            others = [k for each in scene.rollouts if each is not rollout for k in each.wanted]
+            scene.guarded(
+                rollout.history.workflow,
+                lambda rollout=rollout, others=others: let_end(
+                    rollout, others, scene.standings, scene.observed.now
+                ),
+            )
+
+
 def is_held(scene: Scene, name: str) -> bool:
     """A model that waits for old ones to go: they and it are one workflow's, which says so."""
     model = scene.shared.get(name)
-    if model is None or not model.replace or not scene.retiring:
+    if model is None or not model.replace:
         return False
     owner = scene.standings[name].model
     if child(owner, name, scene.observed.deployments) is not None:
         return False
     users = {uid_of(workflow) for workflow in model.workflows}
-    return any(users & _owners(old) for old in scene.retiring.values())
+    if any(users & _owners(old) for old in scene.retiring.values()):
+        return True
+    # The old ones' last requests are ending: see `draining`.
+    return any(
+        uid_of(rollout.history.workflow) in users and any(e.going for e in rollout.draining)
+        for rollout in scene.rollouts
+        if rollout.replace
+    )
 
 
 def _present(objects: Objects) -> list[Object]:
@@ -171,7 +197,7 @@ def _share(scene: Scene, cache: PlanCache) -> None:
     for name, model in scene.shared.items():
         there = scene.observed.models.get(name)
         if there is not None and not is_ours(there):
-            lost = unheard(model)
+            lost = unheard(model, loras_in(node_spec(there)))
         else:
             made = scene.guarded(
                 model.workflows[0], lambda model=model: wanted_object(model, cache)

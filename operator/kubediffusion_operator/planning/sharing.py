@@ -9,7 +9,7 @@ nothing: a workflow that comes later neither restarts nor moves what another one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from kubediffusion.workflow import LoraDecl, ModelRef
 from kubediffusion_operator.planning.cache import PlanCache
 from kubediffusion_operator.planning.names import age_key, name_of
 from kubediffusion_operator.planning.revisions import Known
-from kubediffusion_operator.planning.types import Object
+from kubediffusion_operator.planning.types import LoraKey, Object
 
 MAX_LORAS = 1024  # of one model, as its CRD says
 # Of these the oldest workflow decides.
@@ -105,6 +105,12 @@ class Conflict:
 
     def __str__(self) -> str:
         name = _camel(self.field)
+        if not self.winner and self.field == "loras":
+            return (
+                f"models.{self.role}.loras: the DiffusionModel was made by hand and does not "
+                "declare all LoRAs of this workflow; add them to its spec.loras, with the same "
+                "source and revision"
+            )
         if not self.winner:
             return f"models.{self.role}.{name}: the DiffusionModel was made by hand and says it"
         return (
@@ -130,19 +136,26 @@ def serving(model: Shared) -> tuple[dict[str, Any], list[Conflict]]:
     return spec, conflicts + lost
 
 
-def unheard(model: Shared) -> list[Conflict]:
-    """What its users say of a model that was made by hand: nothing of it counts."""
-    return [
+def unheard(model: Shared, declared: Set[LoraKey]) -> list[Conflict]:
+    """What its users say of a model that was made by hand: nothing of it counts. `declared` are the
+    LoRAs that it says itself."""
+    spoken = _spoken(model.uses)
+    lost = [
         Conflict(name_of(use.workflow), use.role, name, "")
-        for use in _spoken(model.uses)
+        for use in spoken
         for name in (*_OLDEST, "scaling")
         if getattr(use.override, name) is not None
+    ]
+    return lost + [
+        Conflict(name_of(use.workflow), use.role, "loras", "")
+        for use in spoken
+        if not declared >= {_lora_key(lora) for lora in use.ref.loras}
     ]
 
 
 def loras(model: Shared) -> list[dict[str, Any]]:
     """What any of its workflows declares, each once, sorted so that the order says nothing."""
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    found: dict[LoraKey, dict[str, Any]] = {}
     for use in model.uses:
         for lora in use.ref.loras:
             found.setdefault(_lora_key(lora), _lora(lora))
@@ -150,7 +163,7 @@ def loras(model: Shared) -> list[dict[str, Any]]:
     return [found[key] for key in sorted(kept)]
 
 
-def _lora_key(lora: LoraDecl) -> tuple[str, ...]:
+def _lora_key(lora: LoraDecl) -> LoraKey:
     return lora.name, lora.uri, lora.revision, lora.subfolder, lora.weight_name
 
 

@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kubediffusion_operator.config import OperatorConfig
 from kubediffusion_operator.planning.conditions import Condition, shortened, written
+from kubediffusion_operator.planning.draining import as_status
 from kubediffusion_operator.planning.names import generation_of, name_of
-from kubediffusion_operator.planning.rollout import Rollout
+from kubediffusion_operator.planning.revisions import Known
+from kubediffusion_operator.planning.rollout import Rollout, is_ready
 from kubediffusion_operator.planning.sharing import Conflict
 from kubediffusion_operator.planning.standing import Standing
 from kubediffusion_operator.planning.types import EventRecord, Object
@@ -61,8 +63,9 @@ def _revisions(rollout: Rollout) -> dict[str, Any]:
         said["latestRevision"] = rollout.newest.revision.name
     if rollout.served is not None:
         said |= {"revision": rollout.served.revision.name, "servedSince": rollout.since}
-    if rollout.previous is not None:
-        said["previousRevision"] = rollout.previous.revision.name
+    if rollout.draining:
+        said["previousRevision"] = rollout.draining[0].known.revision.name
+        said["draining"] = as_status(rollout.draining)
     return {key: value for key, value in said.items() if value}
 
 
@@ -96,16 +99,27 @@ def _ready(rollout: Rollout, standings: Mapping[str, Standing]) -> Condition:
 
 
 def _progressing(rollout: Rollout, standings: Mapping[str, Standing]) -> Condition:
-    newest, previous = rollout.newest, rollout.previous
+    newest = rollout.newest
     if newest is not None and not rollout.is_done:
-        missing = _missing(newest.resolved.models, standings)
-        waits = ", ".join(role for role, _ in missing)
+        waits = ", ".join(_waits_for(newest, standings))
         text = f"revision {newest.revision.name} takes over when Ready; it waits for {waits}"
         return Condition("Progressing", "True", "RollingOut", text, "Normal")
-    if previous is not None:
-        text = f"requests that revision {previous.revision.name} took are ending on its models"
+    if rollout.draining:
+        names = ", ".join(each.known.revision.name for each in rollout.draining)
+        text = f"requests that were taken for {names} are ending on the models of then"
         return Condition("Progressing", "True", "Draining", text)
     return Condition("Progressing", "False", "UpToDate", "the newest revision is served")
+
+
+def _waits_for(newest: Known, standings: Mapping[str, Standing]) -> Iterator[str]:
+    """Roles, those that failed first."""
+    models = newest.resolved.models
+    for role, _ in _missing(models, standings):
+        yield role
+    for role in sorted(models):
+        found = standings.get(models[role].identity)
+        if found is not None and found.is_ready and not is_ready(models[role], standings):
+            yield f"{role} to know its LoRAs"
 
 
 def _degraded(rollout: Rollout, standings: Mapping[str, Standing]) -> Condition:
@@ -113,7 +127,7 @@ def _degraded(rollout: Rollout, standings: Mapping[str, Standing]) -> Condition:
     resolved = rollout.history.condition
     if resolved.status == "False":
         return Condition("Degraded", "True", resolved.reason, resolved.message)
-    for known in rollout.in_use[:2]:
+    for known in rollout.wanted:
         for role in sorted(known.resolved.models):
             found = standings.get(known.resolved.models[role].identity)
             if found is not None and found.failure is not None:
