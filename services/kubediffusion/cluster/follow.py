@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -35,7 +35,9 @@ class Followed(Protocol):
 
     unsynced: str
 
-    def set_workflows(self, workflows: Mapping[str, ResolvedWorkflow]) -> None: ...
+    def set_workflows(
+        self, workflows: Mapping[str, ResolvedWorkflow], draining: Iterable[str]
+    ) -> None: ...
     def set_nodes(self, addresses: Sequence[str]) -> None: ...
 
 
@@ -140,11 +142,13 @@ class Follower:
             log.info("nodes: %s", ", ".join(now.addresses) or "none")
             self._gateway.set_nodes(now.addresses)
             self._told = replace(self._told, addresses=now.addresses)
-        if now.served != self._told.served:
+        told = self._told
+        if now.served != told.served:
             each = (f"{name} at {served.revision}" for name, served in now.served.items())
             log.info("workflows: %s", ", ".join(each) or "none")
-            self._gateway.set_workflows(now.workflows)
-            self._told = replace(self._told, served=now.served)
+        if (now.served, now.draining) != (told.served, told.draining):
+            self._gateway.set_workflows(now.workflows, now.draining)
+            self._told = replace(told, served=now.served, draining=now.draining)
 
     def _look(self) -> View:
         revisions = list(self._revisions.objects.values())

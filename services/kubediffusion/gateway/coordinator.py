@@ -156,6 +156,11 @@ class ImageRun:
 
     def _hold(self, task: TaskRun) -> None:
         task.status = TaskStatus.HELD
+        planned = task.planned
+        error = self._fleet.abandoned(planned.template.workflow, planned.models)
+        if error is not None:
+            self._fail(error)
+            return
         if self._waits:
             return
         self._waits = True

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -108,9 +108,10 @@ class Gateway:
     def set_workflows(
         self,
         workflows: Mapping[str, ResolvedWorkflow],
-        draining: Sequence[ResolvedWorkflow] = (),
+        draining: Iterable[str],
     ) -> None:
         assert list(workflows) == ["sd3"]
+        assert not [*draining]
         self._take("workflows")
 
 
