@@ -102,7 +102,7 @@ def test_reasons_are_found_in_the_code() -> None:
     assert {"BadWeights", "RevisionNotFound", "Truncated", "UnknownFamily"} <= found
     assert {"NoGateway", "MetricsFound", "External", "PrometheusUnreachable"} <= found
     assert not {"PromptTooLong", "Steady", "EqualWeights", "OldGeneration"} & found
-    assert _events_of_code() == {"PlanningFailed", "ReplicasClamped", "WriteRefused"}
+    assert _events_of_code() == {"ReplicasClamped", "WriteRefused"}
 
 
 def test_every_reason_of_a_condition_is_explained_and_no_other() -> None:
