@@ -59,15 +59,12 @@ class Scene:
     bad_pools: dict[str, Failure] = field(default_factory=dict[str, Failure])
     # uids of workflows that could not be followed: what they have stays.
     blind: set[str] = field(default_factory=set[str])
+    # Models whose nodes have to say what tasks are left.
+    watched: set[str] = field(default_factory=set[str])
     # What could not be planned, by (kind, name).
     errors: dict[tuple[str, str], PlanningError] = field(
         default_factory=dict[tuple[str, str], PlanningError]
     )
-
-    @property
-    def watched(self) -> frozenset[str]:
-        """Models whose nodes have to say what tasks are left."""
-        return frozenset[str]().union(*(rollout.watched for rollout in self.rollouts))
 
     @property
     def histories(self) -> list[History]:
@@ -125,6 +122,7 @@ def _drain(scene: Scene) -> None:
                     rollout, others, scene.standings, scene.observed.now
                 ),
             )
+            scene.watched |= rollout.watched
 
 
 def is_held(scene: Scene, name: str) -> bool:
