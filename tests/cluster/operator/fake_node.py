@@ -84,7 +84,7 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
             )
         return node_pb2.ModelStatus(
             identity=model.identity,
-            state=self.states.get(model.identity, node_pb2.MODEL_STATE_READY),
+            state=self.states.get(model.identity, node_pb2.MODEL_STATE_READY),  # pyright: ignore[reportArgumentType]
             tasks=self.tasks.get(model.identity, 0),
             nbytes=2**30,
             digest=f"sha256:{model.identity}",
