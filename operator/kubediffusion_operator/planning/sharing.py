@@ -67,7 +67,7 @@ class Shared:
     @property
     def replace(self) -> bool:
         """All its users want the old to go before the new comes."""
-        return all(use.replace for use in self.uses)
+        return all(use.replace for use in _spoken(self.uses))
 
 
 def shared(wanted: Iterable[tuple[Object, Known, bool]], cache: PlanCache) -> dict[str, Shared]:
