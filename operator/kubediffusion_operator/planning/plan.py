@@ -92,7 +92,10 @@ def _write(result: Plan, scene: Scene, made: Household, cache: PlanCache) -> Non
     result.scale = [
         ScaleWrite(found.name, uid_of(found.model), found.replicas.wanted)
         for name, found in scene.standings.items()
-        if found.replicas.asked is None and found.named_right and name not in scene.unwanted
+        if found.replicas.asked is None
+        and found.named_right
+        and not found.helper
+        and name not in scene.unwanted
     ]
 
 
@@ -235,6 +238,7 @@ def _ours_of(status: Mapping[str, object]) -> dict[str, object]:
 def _residency(result: Plan, scene: Scene, made: Household) -> None:
     result.residency, result.looks = made.residency, made.looks
     waits = [POLL_SECONDS] if made.residency else []
+    waits += made.retries
     waits += [r.remaining for r in scene.rollouts if r.remaining is not None]
     waits += [each.retry_in for each in scene.pools.values() if each.retry_in is not None]
     result.requeue_after = min(waits, default=None)

@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from kubediffusion.workflow import ModelRef
 from kubediffusion_operator.planning.draining import Draining, left, written
+from kubediffusion_operator.planning.hosting import as_used
 from kubediffusion_operator.planning.names import status_of
 from kubediffusion_operator.planning.residency import key_of
 from kubediffusion_operator.planning.revisions import History, Known
@@ -78,7 +78,7 @@ def rolled(history: History, standings: Mapping[str, Standing], now: str) -> Rol
     newest = history.newest
     if newest is not None and before is not newest:
         at_once = before is None or (rollout.replace and newest.identities - before.identities)
-        if at_once or all(is_ready(ref, standings) for ref in newest.resolved.models.values()):
+        if at_once or not lacking(newest, standings):
             rollout.served, rollout.since = newest, now
             draining = [Draining(before, now), *draining] if before is not None else draining
     rollout.since, rollout.draining = rollout.since or now, draining
@@ -94,7 +94,11 @@ def let_end(
     rollout.draining = left(rollout.draining, in_use, standings, now, replace=rollout.replace)
 
 
-def is_ready(ref: ModelRef, standings: Mapping[str, Standing]) -> bool:
-    """Whether requests can use the model as that revision means it."""
-    found = standings.get(ref.identity)
-    return found is not None and found.is_ready and found.knows(map(key_of, ref.loras))
+def lacking(known: Known, standings: Mapping[str, Standing]) -> dict[str, Standing | None]:
+    """By role, the models that requests cannot use yet as this revision means them."""
+    models = known.resolved.models
+    return {
+        role: found
+        for role, found in as_used(known, standings).items()
+        if found is None or not found.is_ready or not found.knows(map(key_of, models[role].loras))
+    }

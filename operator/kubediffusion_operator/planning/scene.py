@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from kubediffusion_operator.planning.cache import PlanCache
 from kubediffusion_operator.planning.failures import Failure
+from kubediffusion_operator.planning.hosting import Hosting, helper_standing, helps, hosted
 from kubediffusion_operator.planning.models import node_spec, pool_of, wanted_object
 from kubediffusion_operator.planning.names import (
     MODEL,
@@ -43,6 +44,7 @@ class Scene:
     observed: Observed
     # Pods of models, by the model's name.
     pods: Mapping[str, list[Object]]
+    hosting: Hosting = field(default_factory=Hosting)
     pools: dict[str, PoolPlan] = field(default_factory=dict[str, PoolPlan])
     # Of the models that are there, by name.
     standings: dict[str, Standing] = field(default_factory=dict[str, Standing])
@@ -88,28 +90,44 @@ class Scene:
 
 def gather(observed: Observed, cache: PlanCache) -> Scene:
     scene = Scene(observed, _pods_by(MODEL, observed.pods))
+    histories = _histories(scene, cache)
+    models = _present(observed.models)
+    scene.hosting = hosted(histories, models, scene.blind, cache)
     _plan_pools(scene)
-    for model in _present(observed.models):
+    # Models with nodes of their own first: those on these nodes stand as they do.
+    for model in sorted(models, key=helps):
         found = scene.guarded(model, lambda model=model: _stand(scene, model, cache))
         if found is not None:
             scene.standings[found.name] = found
-    revisions = by_workflow(observed)
-    for workflow in _present(observed.workflows):
-        known = revisions.get(uid_of(workflow), ())
+    scene.standings = {name: scene.standings[name] for name in sorted(scene.standings)}
+    for each in histories:
         found = scene.guarded(
-            workflow,
-            lambda workflow=workflow, known=known: rolled(
-                history(workflow, known, observed, cache), scene.standings, observed.now
-            ),
+            each.workflow, lambda each=each: rolled(each, scene.standings, observed.now)
         )
-        if found is None or found.newest is None:
-            scene.blind.add(uid_of(workflow))
-        if found is not None:
+        if found is None:
+            scene.blind.add(uid_of(each.workflow))
+        else:
             scene.rollouts.append(found)
     _drain(scene)
     _share(scene, cache)
     _part(scene)
     return scene
+
+
+def _histories(scene: Scene, cache: PlanCache) -> list[History]:
+    observed, found = scene.observed, list[History]()
+    revisions = by_workflow(observed)
+    for workflow in _present(observed.workflows):
+        known = revisions.get(uid_of(workflow), ())
+        each = scene.guarded(
+            workflow,
+            lambda workflow=workflow, known=known: history(workflow, known, observed, cache),
+        )
+        if each is None or each.newest is None:
+            scene.blind.add(uid_of(workflow))
+        if each is not None:
+            found.append(each)
+    return found
 
 
 def _drain(scene: Scene) -> None:
@@ -161,7 +179,8 @@ def _plan_pools(scene: Scene) -> None:
     observed = scene.observed
     members: dict[str, list[Object]] = {}
     for model in _present(observed.models):
-        members.setdefault(pool_of(model), []).append(model)
+        if not helps(model):
+            members.setdefault(pool_of(model), []).append(model)
     pods = _pods_by(POOL, observed.pods)
     for pool in _present(observed.pools):
         name = name_of(pool)
@@ -173,6 +192,7 @@ def _plan_pools(scene: Scene) -> None:
                 pods.get(name, ()),
                 observed.residency,
                 observed.now,
+                scene.hosting.helpers,
             ),
         )
         if found is not None:
@@ -180,6 +200,11 @@ def _plan_pools(scene: Scene) -> None:
 
 
 def _stand(scene: Scene, model: Object, cache: PlanCache) -> Standing:
+    if helps(model):
+        hosts = {
+            name: scene.standings.get(name) for name in scene.hosting.hosts.get(name_of(model), ())
+        }
+        return helper_standing(model, hosts, scene.observed, scene.pods, scene.pools, cache)
     pods = scene.pods.get(name_of(model), ())
     return standing(model, scene.observed, pods, scene.pools, cache)
 

@@ -19,6 +19,7 @@ from kubediffusion.api.identity import canonical_uri
 from kubediffusion.api.serving import ModelOverride
 from kubediffusion.api.workflow import DiffusionWorkflow
 from kubediffusion.workflow import LoraDecl, ModelRef
+from kubediffusion.workflow.colocation import hosts_of, is_helper
 from kubediffusion_operator.planning.cache import PlanCache
 from kubediffusion_operator.planning.names import age_key, name_of
 from kubediffusion_operator.planning.revisions import Known
@@ -40,6 +41,10 @@ class Use:
     # Of the revision that the workflow should serve, not of one that goes.
     newest: bool
     replace: bool
+    # Of a model without nodes of its own: the role whose nodes it is on, and the fields of
+    # `override` that would be about nodes.
+    host: str = ""
+    idle: tuple[str, ...] = ()
 
 
 @dataclass
@@ -76,20 +81,41 @@ def shared(wanted: Iterable[tuple[Object, Known, bool]], cache: PlanCache) -> di
     ordered = sorted(wanted, key=lambda each: (age_key(each[0]), not each[2]))
     for workflow, known, newest in ordered:
         key = ("uses", workflow["metadata"].get("uid"), known.revision.name)
-        for role, ref, override in cache.get(key, lambda known=known: _roles(known)):
+        for said in cache.get(key, lambda known=known: _roles(known)):
             replace = known.definition.spec.strategy == "Replace"
-            use = Use(workflow, role, ref, override, newest, replace)
-            found.setdefault(ref.identity, Shared(ref.identity)).uses.append(use)
+            use = Use(workflow, said.role, said.ref, said.override, newest, replace, *said.hosted)
+            found.setdefault(said.ref.identity, Shared(said.ref.identity)).uses.append(use)
     return found
 
 
-def _roles(known: Known) -> list[tuple[str, ModelRef, ModelOverride]]:
+@dataclass(frozen=True, slots=True)
+class _Role:
+    role: str
+    ref: ModelRef
+    override: ModelOverride
+    # Use.host and Use.idle
+    hosted: tuple[str, tuple[str, ...]] = ("", ())
+
+
+def _roles(known: Known) -> list[_Role]:
     definition: DiffusionWorkflow = known.definition
-    none = ModelOverride()
-    return [
-        (role, ref, definition.spec.models.get(role, none))
-        for role, ref in known.resolved.models.items()
-    ]
+    none, hosts = ModelOverride(), hosts_of(known.resolved)
+    found: list[_Role] = []
+    for role, ref in known.resolved.models.items():
+        override = definition.spec.models.get(role, none)
+        host = next(iter(hosts.get(role, ())), "transformer") if is_helper(ref.component) else ""
+        idle = _idle(override, definition.spec.models.get(host, none)) if host else ()
+        found.append(_Role(role, ref, override, (host, idle)))
+    return found
+
+
+def _idle(override: ModelOverride, host: ModelOverride) -> tuple[str, ...]:
+    """What a helper's override says of nodes that it does not have. Its resources are added to
+    its host's, unless that is in a pool; naming the same pool says nothing new."""
+    fields = ["pod_template", "drain_seconds", "scaling"]
+    fields += ["placement"] if override.placement != host.placement else []
+    fields += ["resources"] if host.placement is not None else []
+    return tuple(name for name in fields if getattr(override, name) is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +128,16 @@ class Conflict:
     # The workflow whose word counts, and its name for the model; empty: made by hand.
     winner: str
     winner_role: str = ""
+    # The role whose nodes the model is on.
+    host: str = ""
 
     def __str__(self) -> str:
         name = _camel(self.field)
+        if self.host:
+            return (
+                f"models.{self.role}.{name}: it has no nodes of its own, it runs on those of "
+                f"{self.host} and scales with them; say it under models.{self.host}"
+            )
         if not self.winner and self.field == "loras":
             return (
                 f"models.{self.role}.loras: the DiffusionModel was made by hand and does not "
@@ -124,7 +157,15 @@ def serving(model: Shared) -> tuple[dict[str, Any], list[Conflict]]:
     spoken = _spoken(model.uses)
     oldest = spoken[0]
     spec: dict[str, Any] = {}
-    conflicts: list[Conflict] = []
+    conflicts = [
+        Conflict(name_of(use.workflow), use.role, name, "", host=use.host)
+        for use in spoken
+        for name in use.idle
+    ]
+    if oldest.host:
+        value = oldest.override.resources
+        conflicts += _losers("resources", value, oldest, spoken[1:])
+        return ({"resources": _plain(value)} if value is not None else {}), conflicts
     for name in _OLDEST:
         value = getattr(oldest.override, name)
         if value is not None:

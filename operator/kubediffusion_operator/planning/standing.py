@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kubediffusion_operator.planning.cache import PlanCache
@@ -56,6 +56,9 @@ class Standing:
     digest: str = ""
     # Running pods that host it, each with what it said.
     nodes: tuple[tuple[Object, ResidencyReport | None], ...] = ()
+    # Without nodes of its own (`planning.hosting`); then how it stands on each host's, by name.
+    helper: bool = False
+    at: dict[str, Standing] = field(default_factory=dict[str, "Standing"])
 
     @property
     def name(self) -> str:
@@ -116,16 +119,21 @@ def standing(
     labels = pool_labels(pool) if pool else model_labels(found.name)
     found.selector = selector_text(labels)
     if not found.named_right:
-        found.reason = "NameIsNotIdentity"
-        found.message = (
-            f"nobody finds a model by this name: what it computes is called {found.identity}; "
-            "make it again with that as metadata.name"
-        )
-        found.failure = Failure(found.reason, found.message)
-    elif pool:
+        return misnamed(found)
+    if pool:
         _in_pool(found, pool, pools.get(pool))
     else:
         _alone(found, observed, pods)
+    return found
+
+
+def misnamed(found: Standing) -> Standing:
+    found.reason = "NameIsNotIdentity"
+    found.message = (
+        f"nobody finds a model by this name: what it computes is called {found.identity}; "
+        "make it again with that as metadata.name"
+    )
+    found.failure = Failure(found.reason, found.message)
     return found
 
 
@@ -133,7 +141,7 @@ def _alone(found: Standing, observed: Observed, pods: Sequence[Object]) -> None:
     deployment = child(found.model, found.name, observed.deployments)
     found.nodes = _nodes(pods, observed.residency)
     reports = [r for pod in pods if (r := report_of(pod, observed.residency)) is not None]
-    _learn(found, reports)
+    learn(found, reports)
     found.failure = refused(observed, found.name) or worst(pods)
     if deployment is not None:
         status = status_of(deployment)
@@ -149,11 +157,11 @@ def _in_pool(found: Standing, pool: str, plan: PoolPlan | None) -> None:
         found.message = f"there is no ModelPool {pool}; make it, or change placement"
         found.failure = Failure(found.reason, found.message)
         return
-    _learn(found, plan.reports.values())
-    hosts = [plan.nodes[node] for node in plan.placed.plan.get(found.name, ())]
+    learn(found, plan.reports.values())
+    hosts = [plan.nodes[node] for node in plan.plan.get(found.name, ())]
     found.nodes = tuple((pod, plan.reports.get(name_of(pod))) for pod in hosts if is_running(pod))
     said = plan.said_of(found.name)
-    found.present = len(plan.placed.plan.get(found.name, ()))
+    found.present = len(plan.plan.get(found.name, ()))
     found.ready = sum(1 for each in said if each.state == "READY")
     found.failure = plan.failure_of(found.name)
     if found.name in plan.placed.left:
@@ -181,7 +189,7 @@ def _does_not_fit(found: Standing, plan: PoolPlan) -> Failure:
     )
 
 
-def _learn(found: Standing, reports: Iterable[ResidencyReport]) -> None:
+def learn(found: Standing, reports: Iterable[ResidencyReport]) -> None:
     """Size and digest of the weights, as the nodes found out; what was known stays."""
     status = status_of(found.model)
     found.nbytes = int(status.get("nbytes") or 0)

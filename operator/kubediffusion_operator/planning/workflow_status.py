@@ -10,9 +10,10 @@ from typing import Any
 from kubediffusion_operator.config import OperatorConfig
 from kubediffusion_operator.planning.conditions import Condition, shortened, written
 from kubediffusion_operator.planning.draining import as_status
+from kubediffusion_operator.planning.hosting import as_used
 from kubediffusion_operator.planning.names import generation_of, name_of
 from kubediffusion_operator.planning.revisions import Known
-from kubediffusion_operator.planning.rollout import Rollout, is_ready
+from kubediffusion_operator.planning.rollout import Rollout, lacking
 from kubediffusion_operator.planning.sharing import Conflict
 from kubediffusion_operator.planning.standing import Standing
 from kubediffusion_operator.planning.types import EventRecord, Object
@@ -36,13 +37,16 @@ def workflow_status(
     wanted = [rollout.history.condition, ready, progressing, degraded]
     if conflicts:
         text = shortened("; ".join(dict.fromkeys(map(str, conflicts))), MAX_MESSAGE)
-        wanted.append(Condition("OverrideConflict", "True", "OldestDecides", text, "Warning"))
+        shared = any(not each.host for each in conflicts)
+        reason = "OldestDecides" if shared else "HostDecides"
+        wanted.append(Condition("OverrideConflict", "True", reason, text, "Warning"))
     conditions, events = written(workflow, wanted, now)
+    found = as_used(rollout.newest, standings) if rollout.newest is not None else {}
     models = [
         {
             "role": role,
             "model": identity,
-            "ready": identity in standings and standings[identity].is_ready,
+            "ready": (used := found[role]) is not None and used.is_ready,
         }
         for role, identity in rollout.roles.items()
     ]
@@ -84,7 +88,7 @@ def _ready(rollout: Rollout, standings: Mapping[str, Standing]) -> Condition:
         resolved = rollout.history.condition
         event = "Warning" if resolved.status == "False" else None
         return Condition("Ready", "False", resolved.reason, resolved.message, event)
-    missing = _missing(rollout.served.resolved.models, standings)
+    missing = _missing(rollout.served, standings)
     if not missing:
         return Condition("Ready", "True", "Ready", "all its models can be used", "Normal")
     role, first = missing[0]
@@ -113,12 +117,10 @@ def _progressing(rollout: Rollout, standings: Mapping[str, Standing]) -> Conditi
 
 def _waits_for(newest: Known, standings: Mapping[str, Standing]) -> Iterator[str]:
     """Roles, those that failed first."""
-    models = newest.resolved.models
-    for role, _ in _missing(models, standings):
+    for role, _ in _missing(newest, standings):
         yield role
-    for role in sorted(models):
-        found = standings.get(models[role].identity)
-        if found is not None and found.is_ready and not is_ready(models[role], standings):
+    for role, found in sorted(lacking(newest, standings).items()):
+        if found is not None and found.is_ready:
             yield f"{role} to know its LoRAs"
 
 
@@ -128,19 +130,16 @@ def _degraded(rollout: Rollout, standings: Mapping[str, Standing]) -> Condition:
     if resolved.status == "False":
         return Condition("Degraded", "True", resolved.reason, resolved.message)
     for known in rollout.wanted:
-        for role in sorted(known.resolved.models):
-            found = standings.get(known.resolved.models[role].identity)
+        for role, found in sorted(as_used(known, standings).items()):
             if found is not None and found.failure is not None:
                 text = shortened(_sentence(role, found), MAX_MESSAGE)
                 return Condition("Degraded", "True", found.failure.reason, text, "Warning")
     return Condition("Degraded", "False", "AsExpected", "")
 
 
-def _missing(
-    models: Mapping[str, Any], standings: Mapping[str, Standing]
-) -> list[tuple[str, Standing | None]]:
+def _missing(known: Known, standings: Mapping[str, Standing]) -> list[tuple[str, Standing | None]]:
     """Roles that are not ready; those that failed first, because they say what to do."""
-    pairs = [(role, standings.get(models[role].identity)) for role in models]
+    pairs = as_used(known, standings).items()
     missing = [(role, found) for role, found in pairs if found is None or not found.is_ready]
     return sorted(missing, key=lambda each: (_rank(each[1]), each[0]))
 

@@ -168,7 +168,7 @@ class World:
             if kind != "Deployment":
                 continue
             replicas = deployment["spec"]["replicas"]
-            labels = deployment["spec"]["template"]["metadata"]["labels"]
+            template = deployment["spec"]["template"]["metadata"]
             mine = sorted(
                 pod
                 for (k, pod), found in self.objects.items()
@@ -178,7 +178,7 @@ class World:
                 del self.objects["Pod", extra]
             ready = 0
             for number in range(replicas):
-                ready += self._run_pod(f"{name}-{number}", name, deployment, labels)
+                ready += self._run_pod(f"{name}-{number}", name, deployment, template)
             status = {
                 "observedGeneration": deployment["metadata"]["generation"],
                 "replicas": replicas,
@@ -187,7 +187,7 @@ class World:
             self.edit("Deployment", name, status=status)
 
     def _run_pod(
-        self, name: str, owner: str, deployment: Object, labels: Mapping[str, str]
+        self, name: str, owner: str, deployment: Object, template: Mapping[str, Any]
     ) -> bool:
         ok = owner not in self.broken and owner not in self.unready
         running = {"name": "node", "restartCount": 0, "state": {"running": {}}}
@@ -205,13 +205,18 @@ class World:
             "uid": deployment["metadata"]["uid"],
             "controller": True,
         }
+        annotations = dict(template.get("annotations") or {})
+        old = self.objects.get(("Pod", name))
+        if old is not None and old["metadata"]["annotations"] != annotations:
+            del self.objects["Pod", name]  # rolled out
         if ("Pod", name) not in self.objects:
             pod = {
                 "apiVersion": "v1",
                 "kind": "Pod",
                 "metadata": {
                     "name": name,
-                    "labels": dict(labels),
+                    "labels": dict(template["labels"]),
+                    "annotations": annotations,
                     "ownerReferences": [reference],
                 },
                 "spec": {},
