@@ -6,11 +6,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.cluster.kube import Kube, condition, is_true
+import pytest
+
+from tests.cluster.kube import ApiError, Kube, condition, is_true
 from tests.cluster.operator.fake_kubelet import FakeKubelet
 from tests.cluster.operator.fake_node import FakeNode
 from tests.cluster.operator.running import OperatorProcess
-from tests.cluster.operator.wanted import API_VERSION, models_of, pipeline, present, workflow
+from tests.cluster.operator.wanted import (
+    API_VERSION,
+    CHILDREN,
+    models_of,
+    pipeline,
+    present,
+    workflow,
+)
 
 LONG = 90.0
 
@@ -43,6 +52,77 @@ def test_a_lora_reaches_running_nodes_without_new_pods(
     kube.wait_for(
         "ConfigMap", transformer, lambda c: "style" in c["data"]["residency.json"], timeout=LONG
     )
+
+
+def edges(folder: Path) -> dict:
+    folder.mkdir(exist_ok=True)
+    return {"name": "edges", "source": {"uri": f"file://{folder}"}}
+
+
+def test_a_controlnet_reaches_its_transformers_running_nodes(
+    operator: OperatorProcess, kube: Kube, kubelet: FakeKubelet, node: FakeNode, tmp_path: Path
+) -> None:
+    uri = pipeline(tmp_path / "p")
+    kube.apply(workflow("sd3", uri))
+    kube.wait_for("dwf", "sd3", is_true("Ready"), timeout=LONG)
+    definition = workflow("sd3", uri, controlNets=[edges(tmp_path / "edges")])
+    models = models_of(definition)
+    host, helper = models["transformer"], models["controlnet.edges"]
+    before = kube.get("Deployment", host)
+    kube.apply(definition)
+    node.wait_for(helper, timeout=LONG)
+    told = next(r for r in reversed(node.requests) if len(r["models"]) > 1)
+    assert [each["identity"] for each in told["models"]] == [host, helper]
+    kube.wait_for("dwf", "sd3", lambda w: w["status"].get("ready") == "6/6", timeout=LONG)
+    found = kube.wait_for("dmodel", helper, is_true("Ready"), timeout=LONG)
+    status = found["status"]
+    assert status["hostedBy"] == [host]
+    assert (status["readyReplicas"], status["replicas"], status["desiredReplicas"]) == (1, 1, 1)
+    assert status["digest"] == f"sha256:{helper}"
+    assert "replicas" not in found["spec"]
+    for kind in CHILDREN:
+        assert helper not in present(kube, kind)
+    after = kube.get("Deployment", host)
+    assert after["spec"]["template"] == before["spec"]["template"]
+    assert after["metadata"]["generation"] == before["metadata"]["generation"]
+
+    # An HPA finds no number to change.
+    with pytest.raises(ApiError, match="does not exist"):
+        kube.get("dmodel", helper, subresource="scale")
+    # kubectl scale: the API server takes it, and the model says what to scale instead.
+    kube.patch("dmodel", helper, {"spec": {"replicas": 3}}, subresource="scale", how="merge")
+    found = kube.wait_for(
+        "dmodel",
+        helper,
+        lambda m: condition(m, "CoHosted")["reason"] == "FieldsIgnored",
+        timeout=LONG,
+    )
+    assert "scale and place what it runs beside" in condition(found, "CoHosted")["message"]
+    kube.patch("dmodel", host, {"spec": {"replicas": 2}}, subresource="scale", how="merge")
+    kube.wait_for("dmodel", helper, lambda m: m["status"]["readyReplicas"] == 2, timeout=LONG)
+
+
+def test_a_controlnets_memory_comes_with_new_pods(
+    operator: OperatorProcess, kube: Kube, kubelet: FakeKubelet, node: FakeNode, tmp_path: Path
+) -> None:
+    def memory(size: str) -> dict:
+        return {"resources": {"limits": {"memory": size}}}
+
+    uri, models = pipeline(tmp_path / "p"), {"transformer": memory("2Gi")}
+    kube.apply(workflow("sd3", uri, models=models))
+    kube.wait_for("dwf", "sd3", is_true("Ready"), timeout=LONG)
+    models["controlnet.edges"] = memory("1Gi")
+    definition = workflow("sd3", uri, models=models, controlNets=[edges(tmp_path / "edges")])
+    host = models_of(definition)["transformer"]
+    (old,) = kube.list("Pod", selector=f"kubediffusion.io/model={host}")
+    kube.apply(definition)
+    kube.wait_for("dwf", "sd3", lambda w: w["status"].get("ready") == "6/6", timeout=LONG)
+    there = kube.list("Pod", selector=f"kubediffusion.io/model={host}")
+    new = [pod for pod in there if pod["metadata"]["uid"] != old["metadata"]["uid"]]
+    assert [pod["spec"]["containers"][0]["resources"]["limits"]["memory"] for pod in new] == ["3Gi"]
+    deployment = kube.get("Deployment", host)
+    annotations = deployment["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["kubediffusion.io/helpers"] == "memory=1024Mi/1024Mi"
 
 
 def test_models_in_a_pool_are_hosted_by_its_nodes(
