@@ -512,6 +512,8 @@ def test_replacing_a_workflow_takes_its_controlnet_along(world: World) -> None:
     old, edges = world.role("w", "transformer"), world.role("w", "controlnet.edges")
     world.workflow("w", model="tuned", controlNets=[EDGES], strategy="Replace")
     world.settle()
+    world.wait(121)
+    world.settle()
     new = world.role("w", "transformer")
     assert new != old
     assert old not in world.all("Deployment")
