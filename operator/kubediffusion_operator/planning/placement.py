@@ -8,7 +8,7 @@ copy finds no room, second copies of others go, and if that is not enough, all i
 largest first: only then does a model move.
 
 A denoiser takes its ControlNets along, and denoisers on one node share one that helps both. Where
-there is no room for all of them it goes without the largest: it serves all the same.
+some model would have no place for their sake, they get what room the models leave.
 
 A size that nobody knows yet counts as nothing: the model goes to the node with the most room, and
 the node finds out. A model that turns out too large is refused by its node, which then knows.
@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+# A plan made of itself is that plan again after one or two rounds; never more than so many.
+ROUNDS = 16
 # Of models and nodes: their names.
 Plan = Mapping[str, tuple[str, ...]]
 
@@ -52,25 +54,59 @@ def place(items: Iterable[Item], nodes: Mapping[str, int], now: Plan) -> Placed:
     """`nodes` maps names to bytes that models may take there, 0 for no limit; `now` is the plan so
     far, which may name models and nodes that are gone. Helpers are not in the plan: they are where
     their models are."""
-    wanted = {item.name: item for item in items if item.copies > 0}
-    without: dict[str, tuple[str, ...]] = {}
-    while True:
-        placed = _placed(wanted.values(), nodes, now)
-        crowded = [wanted[name] for name in placed.left if wanted[name].helpers]
-        if not crowded:
-            return replace(placed, without={n: w for n, w in without.items() if n in placed.plan})
-        for item in crowded:
-            largest = max(item.helpers, key=lambda name: (item.helpers[name], name))
-            left = {name: size for name, size in item.helpers.items() if name != largest}
-            wanted[item.name] = replace(item, helpers=left)
-            without[item.name] = tuple(sorted((*without.get(item.name, ()), largest)))
+    wanted = [item for item in items if item.copies > 0]
+    if not any(item.helpers for item in wanted):
+        return _placed(wanted, nodes, now)
+    placed = _beside(wanted, nodes, now)
+    # Each time fewer are left, or more of those that help have a place.
+    for _ in range(ROUNDS):
+        if (again := _beside(wanted, nodes, placed.plan)) == placed:
+            break
+        placed = again
+    return placed
+
+
+def _beside(items: Sequence[Item], nodes: Mapping[str, int], now: Plan) -> Placed:
+    """With all helpers, unless a model would have no place for their sake; then with those for
+    which the models leave room, the smallest first."""
+    whole = _placed(items, nodes, now)
+    bare = _placed([replace(item, helpers={}) for item in items], nodes, now)
+    if len(whole.left) <= len(bare.left):
+        return whole
+    board = _Board(dict(nodes))
+    there = [item for item in _by_demand(items) if item.name in bare.plan]
+    for item in there:
+        for node in bare.plan[item.name]:
+            board.put(replace(item, helpers={}), node)
+    without = {item.name: _crowded(board, item, bare.plan[item.name]) for item in there}
+    return replace(bare, without={name: gone for name, gone in without.items() if gone})
+
+
+def _crowded(board: _Board, item: Item, nodes: Sequence[str]) -> tuple[str, ...]:
+    """Puts those helpers beside their model that fit on all its nodes; returns the others."""
+    kept, gone = replace(item, helpers={}), list[str]()
+    for name, size in sorted(item.helpers.items(), key=lambda each: (each[1], each[0])):
+        more = replace(item, helpers={**kept.helpers, name: size})
+        if all(board.fits(more, node, gone=(kept,)) for node in nodes):
+            kept = more
+            for node in nodes:
+                board.put(kept, node)
+        else:
+            gone.append(name)
+    return tuple(sorted(gone))
+
+
+def _by_demand(items: Iterable[Item]) -> list[Item]:
+    return sorted(items, key=lambda item: (-item.copies, -item.total, item.name))
 
 
 def _placed(items: Iterable[Item], nodes: Mapping[str, int], now: Plan) -> Placed:
-    by_demand = sorted(items, key=lambda item: (-item.copies, -item.total, item.name))
+    by_demand = _by_demand(items)
     placed = _once(by_demand, nodes, now)
     # Where a second copy has found a place, the first one may make room for somebody else.
-    while placed.left and (again := _once(by_demand, nodes, placed.plan)) != placed:
+    for _ in range(ROUNDS):
+        if (again := _once(by_demand, nodes, placed.plan)) == placed:
+            break
         placed = again
     return placed
 

@@ -118,6 +118,13 @@ def test_a_helper_that_comes_moves_its_model_to_where_both_fit() -> None:
     assert placed.plan["dit"] != placed.plan["vae"]
 
 
+def test_a_helper_takes_nobodys_place() -> None:
+    items = [Item("dit", 1, 5, {"edges": 5}), Item("vae", 1, 4)]
+    placed = place(items, nodes(1), {"dit": ("n0",)})
+    assert placed.plan == {"dit": ("n0",), "vae": ("n0",)}
+    assert placed.without == {"dit": ("edges",)}
+
+
 def test_without_room_for_the_model_nothing_is_said_of_its_helpers() -> None:
     placed = place([Item("dit", 1, 11, {"edges": 1})], nodes(1), {})
     assert (placed.left, placed.without) == (("dit",), {})
