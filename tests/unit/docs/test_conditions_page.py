@@ -28,7 +28,7 @@ LOADING = [
 OF_NODES = {"OldGeneration"}  # what a node answers to an older plan
 KINDS = {
     *("Resolved", "Ready", "Progressing", "Degraded", "OverrideConflict"),
-    *("EqualWeights", "PlanApplied", *TYPES),
+    *("CoHosted", "EqualWeights", "PlanApplied", *TYPES),
 }
 
 
@@ -71,8 +71,11 @@ def _reasons(file: Path) -> Iterator[str]:
 
 
 def _assigned(target: ast.expr, value: ast.expr | None) -> Iterator[str]:
-    """Of `reason = "Word"`, and of `reason, text = "Word", ...`."""
+    """Of `reason = "Word"`, `reason = "Word" if … else "Other"`, `reason, text = "Word", ...`."""
     match target, value:
+        case _, ast.IfExp(body=body, orelse=other):
+            yield from _assigned(target, body)
+            yield from _assigned(target, other)
         case ast.Tuple(elts=[target, *_]), ast.Tuple(elts=[value, *_]):
             yield from _assigned(target, value)
         case (
