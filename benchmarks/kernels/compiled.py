@@ -174,7 +174,7 @@ def read(path: Path = OUT) -> list[Compiled]:
 
 
 def markdown(rows: list[Compiled]) -> str:
-    """The table of docs/kernels.md: a line for each kernel and dtype, architectures side by side."""
+    """The table of docs/kernels.md: a line for a kernel and dtype, architectures side by side."""
     lines = [
         "| kernel | dtype | registers sm_80 / 90 / 100 | spilled bytes | 16-byte loads, stores | "
         "warps of 64 that fit |",

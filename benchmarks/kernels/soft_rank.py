@@ -2,12 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The soft rank beside autograd through its formula: bytes kept for backward, and CPU time.
 
-python -m benchmarks.kernels.soft_rank [--rounds 11]
+python -m benchmarks.kernels.soft_rank [--rounds 21]
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Row, alternate, at_most
+from benchmarks.kernels.rows import main
 from shiva_kernels.ops import soft_rank
 
 SIZES = (256, 1024, 4096)
@@ -71,15 +71,5 @@ def run(rounds: int) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    from benchmarks.run import table
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=11)
-    from rich.console import Console
-
-    Console().print(table(run(parser.parse_args().rounds)))
-
-
 if __name__ == "__main__":
-    main()
+    main(run, __doc__)

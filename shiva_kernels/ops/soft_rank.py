@@ -112,8 +112,8 @@ def soft_rank_backward_kernel(
     tl.store(out + row + i, result.to(out.dtype.element_ty), mask=i < N)
 
 
-# Not tuned on a GPU. In registers (docs/kernels.md) at least half of the warps fit, and 4,096 scores
-# make 256 programs, so that one row already fills a GPU.
+# Not tuned on a GPU. In registers (docs/kernels.md) at least half of the warps fit, and one row of
+# 4,096 scores makes 256 programs.
 LAUNCH = Launch({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=4)
 
 

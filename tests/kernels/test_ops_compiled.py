@@ -67,7 +67,8 @@ from shiva_kernels.ops import gather_tokens, scatter_tokens, soft_rank
 from shiva_kernels.ops._triton import HAS_TRITON
 x, index = torch.arange(6.0).view(1, 3, 2), torch.tensor([[2, 0]])
 assert not HAS_TRITON
-assert scatter_tokens(x, index, -gather_tokens(x, index)).flatten().tolist() == [0, -1, 2, 3, -4, -5]
+out = scatter_tokens(x, index, -gather_tokens(x, index))
+assert out.flatten().tolist() == [0, -1, 2, 3, -4, -5]
 assert soft_rank(torch.tensor([[0.0, 9.0]]), 0.1).round().tolist() == [[2, 1]]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
