@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measurements of `shiva_kernels`: a module for each kernel, as in `shiva_kernels/ops/`.
 
-soft_rank, gather, scatter   each against its peers; `memory` and CPU time here, GPU time there
-compiled                     what the compiler makes of the kernels, without a GPU
-gpu                          all three on a GPU: `make bench-gpu`
-flips, synthetic             what the gradient estimators are worth
+`soft_rank`, `gather` and `scatter` know their peers and their samples. `cpu` runs them here, `gpu`
+on a GPU (`make bench-gpu`), `compiled` shows what the compiler makes of the kernels without one.
+`flips` and `synthetic` ask what the gradient estimators are worth.
 """

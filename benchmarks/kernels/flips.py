@@ -286,9 +286,9 @@ def _one_group(
             verdict = judge(found[arm][layer], true, kept, pi * (1 - pi))
             out.verdicts.setdefault((arm.value, sample), []).append(verdict)
         norm = (teacher[layer + 1].x - teacher[layer].x).norm(dim=2)[0]
-        ranks = [rank_correlation(norm[side], true[side]) for side in (kept, ~kept)]
+        of_kept, of_rejected = (rank_correlation(norm[m], true[m]) for m in (kept, ~kept))
         overall = rank_correlation(norm, true)
-        verdict = Verdict(NAN, NAN, *ranks, overall, overall, NAN)
+        verdict = Verdict(NAN, NAN, of_kept, of_rejected, overall, overall, NAN)
         out.verdicts.setdefault((NORM, sample), []).append(verdict)
 
 
@@ -358,7 +358,7 @@ class TinySD3:
     STEPS, T5_TOKENS = 28, 32
 
     def __init__(self, folder: Path) -> None:
-        from diffusers import StableDiffusion3Pipeline
+        from diffusers import StableDiffusion3Pipeline  # pyright: ignore[reportPrivateImportUsage]
 
         self.pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
             folder, torch_dtype=torch.float32

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gathering tokens beside `torch.gather`: CPU time of a forward and a backward.
 
-python -m benchmarks.kernels.gather [--rounds 21]
+Part of `python -m benchmarks.kernels.cpu`; the peer is that of `make bench-gpu` too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Row
-from benchmarks.kernels.rows import compare, main, sample
+from benchmarks.kernels.rows import compare, sample
 from shiva_kernels.ops import gather_tokens
 
 
@@ -24,7 +24,3 @@ def run(rounds: int) -> list[Row]:
     """Ours beside the peer, in turn; 4,096 tokens of width 768, 0.6 of them."""
     x, index, _ = sample()
     return compare("gather", gather_tokens, peer, (x, index), rounds)
-
-
-if __name__ == "__main__":
-    main(run, __doc__)

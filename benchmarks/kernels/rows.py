@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,25 +47,8 @@ def compare(
         torch.autograd.grad(out, wanted, grad)
         return 1000 * (time.process_time() - start)
 
-    return [
-        at_most(
-            "kernels",
-            f"{name} of 4096 x 768, {direction.__name__}",
-            *alternate(lambda d=direction: d(ours), lambda d=direction: d(peer), rounds, warmup=2),
-            "ms",
-            1,
-        )
-        for direction in (forward, backward)
-    ]
-
-
-def main(run: Callable[[int], list[Row]], doc: str | None) -> None:
-    """The command line of a benchmark: a table on the terminal."""
-    from rich.console import Console
-
-    from benchmarks.run import table
-
-    parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--rounds", type=int, default=21)
-    arguments: Any = parser.parse_args()
-    Console(width=140).print(table(run(arguments.rounds)))
+    rows = []
+    for way in (forward, backward):
+        a, b = alternate(lambda w=way: w(ours), lambda w=way: w(peer), rounds, warmup=2)
+        rows.append(at_most("kernels", f"{name} of 4096 x 768, {way.__name__}", a, b, "ms", 1))
+    return rows

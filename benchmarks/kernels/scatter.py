@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scattering tokens beside `torch.scatter`: CPU time of a forward and a backward.
 
-python -m benchmarks.kernels.scatter [--rounds 21]
+Part of `python -m benchmarks.kernels.cpu`; the peer is that of `make bench-gpu` too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Row
-from benchmarks.kernels.rows import compare, main, sample
+from benchmarks.kernels.rows import compare, sample
 from shiva_kernels.ops import scatter_tokens
 
 
@@ -23,7 +23,3 @@ def peer(x: Tensor, index: Tensor, y: Tensor) -> Tensor:
 def run(rounds: int) -> list[Row]:
     """Ours beside the peer, in turn; 4,096 tokens of width 768, 0.6 of them."""
     return compare("scatter", scatter_tokens, peer, sample(), rounds)
-
-
-if __name__ == "__main__":
-    main(run, __doc__)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The soft rank beside autograd through its formula: bytes kept for backward, and CPU time.
 
-python -m benchmarks.kernels.soft_rank [--rounds 21]
+Part of `python -m benchmarks.kernels.cpu`; the peer is that of `make bench-gpu` too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Row, alternate, at_most
-from benchmarks.kernels.rows import main
 from shiva_kernels.ops import soft_rank
 
 SIZES = (256, 1024, 4096)
@@ -43,11 +42,11 @@ def saved_bytes(op: Callable[[Tensor, float], Tensor], scores: Tensor) -> int:
     return sum(kept.values())
 
 
-def cpu_seconds(op: Callable[[Tensor, float], Tensor], scores: Tensor) -> float:
-    """CPU seconds of a forward and a backward."""
+def cpu_milliseconds(op: Callable[[Tensor, float], Tensor], scores: Tensor) -> float:
+    """CPU time of a forward and a backward."""
     start = time.process_time()
     op(scores, TAU).square().sum().backward()
-    return time.process_time() - start
+    return 1000 * (time.process_time() - start)
 
 
 def run(rounds: int) -> list[Row]:
@@ -57,19 +56,14 @@ def run(rounds: int) -> list[Row]:
         generator = torch.Generator().manual_seed(0)
         scores = torch.randn(1, tokens, generator=generator).requires_grad_()
         name = f"soft rank of {tokens}"
-        bytes_kept = [[saved_bytes(op, scores)] for op in (soft_rank, naive_soft_rank)]
+        kept, peer = (saved_bytes(op, scores) for op in (soft_rank, naive_soft_rank))
         limit = 0.05 if tokens == max(SIZES) else 1
-        rows.append(at_most("kernels", f"{name}, bytes saved", *bytes_kept, "bytes", limit))
-        seconds = alternate(
-            lambda s=scores: cpu_seconds(soft_rank, s),
-            lambda s=scores: cpu_seconds(naive_soft_rank, s),
+        rows.append(at_most("kernels", f"{name}, bytes saved", [kept], [peer], "bytes", limit))
+        ours, theirs = alternate(
+            lambda s=scores: cpu_milliseconds(soft_rank, s),
+            lambda s=scores: cpu_milliseconds(naive_soft_rank, s),
             rounds,
             warmup=2,
         )
-        milliseconds = [[1000 * s for s in series] for series in seconds]
-        rows.append(at_most("kernels", f"{name}, CPU time", *milliseconds, "ms", 1))
+        rows.append(at_most("kernels", f"{name}, CPU time", ours, theirs, "ms", 1))
     return rows
-
-
-if __name__ == "__main__":
-    main(run, __doc__)

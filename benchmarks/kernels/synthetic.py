@@ -152,7 +152,7 @@ def cosines(seed: int) -> tuple[float, float]:
     ]
     return (
         float(torch.cosine_similarity(estimate, ideal)),
-        float(torch.cosine_similarity(*in_scores)),
+        float(torch.cosine_similarity(in_scores[0], in_scores[1])),
     )
 
 
