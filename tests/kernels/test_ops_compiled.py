@@ -5,11 +5,9 @@ the kernels compiled ahead of time for GPUs that are not here."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import run_python
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -71,12 +69,14 @@ out = scatter_tokens(x, index, -gather_tokens(x, index))
 assert out.flatten().tolist() == [0, -1, 2, 3, -4, -5]
 assert soft_rank(torch.tensor([[0.0, 9.0]]), 0.1).round().tolist() == [[2, 1]]
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", code)
 
 
 def test_committed_table_is_what_the_compiler_gives():
     """One dtype of it: all three are compiled by `python -m benchmarks.kernels.compiled`."""
+    triton = pytest.importorskip("triton")
+    if not triton.__version__.startswith("3.9."):
+        pytest.skip(f"the table is of Triton 3.9, and this is {triton.__version__}")
     committed = [row for row in compiled.read() if row.dtype == "bf16"]
     fresh = [
         compiled.compile_for(target, "bf16", arch)

@@ -4,12 +4,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from interpreted import run_python
 
 from benchmarks.kernels import gpu
 
@@ -27,7 +26,5 @@ def test_every_contest_is_between_equals_and_a_wrong_one_is_caught(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_to_do():
-    command = [sys.executable, "-m", "benchmarks.kernels.gpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "PyTorch sees no CUDA device here" in done.stderr
+    with pytest.raises(AssertionError, match="PyTorch sees no CUDA device here"):
+        run_python("-m", "benchmarks.kernels.gpu")
