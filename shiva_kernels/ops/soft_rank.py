@@ -16,8 +16,12 @@ diagonal needs no mask: it adds sigmoid(0) = 1/2 to every rank and nothing to a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from shiva_kernels.ops._triton import HAS_TRITON, Launch, tl, triton
 
 # Pairs a tile on a CPU: half a megabyte of float32, to stay in the L2 cache.
 _PAIRS = 1 << 17
@@ -42,7 +46,7 @@ def _ranks_dtype(scores: Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
-def _forward(scores: Tensor, tau: float) -> Tensor:
+def _forward_torch(scores: Tensor, tau: float) -> Tensor:
     s = scores.to(_ranks_dtype(scores))
     ranks = torch.empty_like(s)
     rows = max(1, _PAIRS // s.shape[1])
@@ -54,7 +58,7 @@ def _forward(scores: Tensor, tau: float) -> Tensor:
     return ranks.add_(0.5)
 
 
-def _backward(grad: Tensor, scores: Tensor, tau: float) -> Tensor:
+def _backward_torch(grad: Tensor, scores: Tensor, tau: float) -> Tensor:
     s, h = scores.to(grad.dtype), grad
     out = torch.empty_like(s)
     rows = max(1, _PAIRS // s.shape[1])
@@ -69,14 +73,88 @@ def _backward(grad: Tensor, scores: Tensor, tau: float) -> Tensor:
     return out.div_(tau).to(scores.dtype)
 
 
+@triton.jit
+def soft_rank_kernel(scores, ranks, N, tau, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ranks of BLOCK_M scores of one row against all N, BLOCK_N at a time; float32 inside."""
+    row = tl.program_id(1).to(tl.int64) * N
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    s_i = tl.load(scores + row + i, mask=i < N, other=0.0).to(tl.float32)
+    # Summed across threads once, at the end.
+    above = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        # What lies beyond the row is infinitely worse, and so adds nothing.
+        s_j = tl.load(scores + row + j, mask=j < N, other=float("-inf")).to(tl.float32)
+        above += tl.sigmoid((s_j[None, :] - s_i[:, None]) / tau)
+    tl.store(ranks + row + i, tl.sum(above, 1) + 0.5, mask=i < N)
+
+
+@triton.jit
+def soft_rank_backward_kernel(
+    grad, scores, out, N, tau, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """dL/ds of BLOCK_M scores of one row from dL/dr of all N; float32 inside."""
+    row = tl.program_id(1).to(tl.int64) * N
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    s_i = tl.load(scores + row + i, mask=i < N, other=0.0).to(tl.float32)
+    h_i = tl.load(grad + row + i, mask=i < N, other=0.0)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        s_j = tl.load(scores + row + j, mask=j < N, other=float("-inf")).to(tl.float32)
+        h_j = tl.load(grad + row + j, mask=j < N, other=0.0)
+        # sigmoid' is even: of minus the distance, so that nothing cancels in 1 - sigmoid.
+        e = tl.exp(-tl.abs(s_j[None, :] - s_i[:, None]) / tau)
+        total += e / ((1 + e) * (1 + e)) * (h_j[None, :] - h_i[:, None])
+    result = tl.sum(total, 1) / tau
+    tl.store(out + row + i, result.to(out.dtype.element_ty), mask=i < N)
+
+
+# Measured on no GPU: chosen for full occupancy in registers (docs/kernels.md).
+LAUNCH = Launch({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=4)
+
+
+def _grid(scores: Tensor) -> tuple[int, int]:
+    return triton.cdiv(scores.shape[1], LAUNCH.blocks["BLOCK_M"]), scores.shape[0]
+
+
+def forward_triton(scores: Tensor, tau: float) -> Tensor:
+    """`soft_rank` by the kernel: CUDA tensors, or CPU tensors under Triton's interpreter."""
+    scores = scores.contiguous()
+    ranks = torch.empty_like(scores, dtype=torch.float32)
+    LAUNCH(soft_rank_kernel, _grid(scores), scores, ranks, scores.shape[1], tau)
+    return ranks
+
+
+def backward_triton(grad: Tensor, scores: Tensor, tau: float) -> Tensor:
+    """The gradient of `soft_rank` by the kernel: float32 `grad` [B, N]; in the scores' dtype."""
+    grad, scores = grad, scores.contiguous()
+    out = torch.empty_like(scores)
+    LAUNCH(soft_rank_backward_kernel, _grid(scores), grad, scores, out, scores.shape[1], tau)
+    return out
+
+
 @torch.library.custom_op("shiva::soft_rank", mutates_args=())
 def _soft_rank(scores: Tensor, tau: float) -> Tensor:
-    return _forward(scores, tau)
+    return _forward_torch(scores, tau)
 
 
 @torch.library.custom_op("shiva::soft_rank_backward", mutates_args=())
 def _soft_rank_backward(grad: Tensor, scores: Tensor, tau: float) -> Tensor:
-    return _backward(grad, scores, tau)
+    return _backward_torch(grad, scores, tau)
+
+
+if HAS_TRITON:
+
+    @_soft_rank.register_kernel("cuda")
+    def _(scores: Tensor, tau: float) -> Tensor:
+        exact = scores.dtype == torch.float64  # which only checks of gradients use
+        return _forward_torch(scores, tau) if exact else forward_triton(scores, tau)
+
+    @_soft_rank_backward.register_kernel("cuda")
+    def _(grad: Tensor, scores: Tensor, tau: float) -> Tensor:
+        exact = scores.dtype == torch.float64
+        return (_backward_torch if exact else backward_triton)(grad, scores, tau)
 
 
 @_soft_rank.register_fake
@@ -89,14 +167,14 @@ def _(grad: Tensor, scores: Tensor, tau: float) -> Tensor:
     return torch.empty_like(scores)
 
 
-def _setup_context(ctx, inputs: tuple[Tensor, float], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
     scores, ctx.tau = inputs
     ctx.save_for_backward(scores)
 
 
-def _autograd(ctx, grad: Tensor) -> tuple[Tensor, None]:
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (scores,) = ctx.saved_tensors
-    return _soft_rank_backward(grad.contiguous(), scores, ctx.tau), None
+    return _soft_rank_backward(grad, scores, ctx.tau), None
 
 
 _soft_rank.register_autograd(_autograd, setup_context=_setup_context)
