@@ -11,17 +11,12 @@ from typing import Any, Protocol
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata
 
-from shiva_kernels._local import (
-    gate_input,
-    gate_output,
-    gather_tokens,
-    scatter_tokens,
-    soft_selection,
-)
 from shiva_kernels.backbones import Backbone
 from shiva_kernels.backbones.base import Arguments
 from shiva_kernels.config import Guidance, KeepMap, PairScore
 from shiva_kernels.errors import ShivaError, Unsupported
+from shiva_kernels.estimators import gate_input, gate_output, soft_selection
+from shiva_kernels.ops import gather_tokens, scatter_tokens
 from shiva_kernels.selection import kept_mask, scores_of_images, standardise, top_k
 from shiva_kernels.state import BlockRecord, Conditions, Observation, Scope, Scorer, TrainingPlan
 

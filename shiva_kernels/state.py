@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from shiva_kernels.config import Guidance, OnKeep, PairScore
 from shiva_kernels.errors import ShivaError
+from shiva_kernels.estimators import Surrogate
 
 if TYPE_CHECKING:
     from shiva_kernels.apply import ShivaHandle
@@ -109,7 +110,7 @@ class TrainingPlan:
 
     k: Sequence[int]
     ratios: torch.Tensor | None = None
-    surrogate: Any = None
+    surrogate: Surrogate | None = None
     noise: float = 0.0
     generator: torch.Generator | None = None
     teacher_delta: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
