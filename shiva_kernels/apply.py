@@ -190,7 +190,7 @@ class ShivaHandle:
         rows = self.backbone.pooled(arguments).shape[0]
         guidance = first.guidance or self._guidance(rows)
         follows = self.backbone.is_follower(arguments) or branch == "uncond"
-        if implicit and follows:
+        if implicit and (follows or guidance is Guidance.SEQUENTIAL):
             raise Unsupported(
                 "this pipeline calls the transformer several times a step, and all calls must keep "
                 "the same tokens: put `with handle.request(guidance=...).steps():` around it"

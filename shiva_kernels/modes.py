@@ -84,10 +84,12 @@ class Pruned:
     sigmas: tuple[float, ...]  # of each of the scope's requests
     pooled: torch.Tensor
     time: torch.Tensor | None = None
+    row: tuple[int, ...] = ()  # k of each block, known when the first block sees its tokens
 
     def run(self, block: BlockCall) -> Any:
         tokens = block.x.shape[1]
-        k = self._row(tokens)[block.index]
+        self.row = self.row or self._row(tokens)
+        k = self.row[block.index]
         if k >= tokens:
             return block.dense()
         index = self._selected(block, k)
@@ -124,6 +126,8 @@ class Pruned:
 
     def _report(self, block: int, tokens: int, index: torch.Tensor) -> None:
         count = len(self.scope.requests)
+        if index.shape[0] % count:
+            raise Unsupported(f"{index.shape[0]} images cannot be {count} requests' in equal parts")
         for request, sigma, own in zip(
             self.scope.requests, self.sigmas, index.chunk(count), strict=True
         ):
