@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -27,6 +27,7 @@ from shiva_kernels.backbones.base import metadata_of, named
 from shiva_kernels.errors import Unsupported
 from shiva_kernels.state import TrainingPlan
 
+Backend: TypeAlias = Callable[[Any, Any], Callable[..., Any]]
 _VERSIONED = ("torch", "triton", "diffusers")
 
 
@@ -40,8 +41,9 @@ class Shapes(StrEnum):
 class CompiledBlocks:
     """The compiled blocks of a handle: how many graphs there are, and what they took."""
 
-    def __init__(self, handle: ShivaHandle, shapes: Shapes) -> None:
+    def __init__(self, handle: ShivaHandle, shapes: Shapes, backend: Backend | None = None) -> None:
         self.handle, self.shapes = handle, shapes
+        self._inner = backend or _inductor
         self.graphs = 0
         self.seconds = 0.0
         kinds: dict[type, Callable[..., Any]] = {}
@@ -109,32 +111,38 @@ class CompiledBlocks:
         return call
 
     def _backend(self, graph: Any, example_inputs: Any) -> Any:
-        from torch._inductor.compile_fx import compile_fx
-
         start = time.perf_counter()
         try:
-            return compile_fx(graph, example_inputs)
+            return self._inner(graph, example_inputs)
         finally:
             self.graphs += 1
             self.seconds += time.perf_counter() - start
 
 
 def compile_blocks(
-    handle: ShivaHandle, shapes: Shapes = Shapes.DYNAMIC, expected_graphs: int = 64
+    handle: ShivaHandle,
+    shapes: Shapes = Shapes.DYNAMIC,
+    expected_graphs: int = 64,
+    backend: Backend | None = None,
 ) -> CompiledBlocks:
     """Compiles the blocks of `handle` at their next calls; `warm_up` does it at once.
 
-    Raises torch's own error past `expected_graphs` recompilations of one kind of block, instead of
-    falling back to eager code; torch's limit is a global setting, and is raised to this where lower.
+    Raises torch's own error past `expected_graphs` recompilations of one class of blocks, instead
+    of falling back to eager code; torch's limit is a global setting, and is raised to this where
+    lower. `backend` takes inductor's place: (graph, example inputs) -> callable.
     """
     for block in handle.blocks:
         if getattr(block, "_compiled_call_impl", None) is not None:
-            raise Unsupported(
-                "the blocks are compiled already, hooks and all; load them uncompiled"
-            )
+            raise Unsupported("the blocks are compiled already, with their hooks; load them anew")
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, expected_graphs)
-    return CompiledBlocks(handle, shapes)
+    return CompiledBlocks(handle, shapes, backend)
+
+
+def _inductor(graph: Any, example_inputs: Any) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, example_inputs)  # type: ignore[return-value]
 
 
 def cache_key(identity: str, device: torch.device) -> str:
