@@ -78,8 +78,10 @@ class CompiledBlocks:
         (what diffusers' pipelines run under), and neither serves the other.
         """
         transformer = self.handle.transformer
-        with torch.device(transformer.device), torch.inference_mode(inference_mode):
-            example = self.handle.backbone.example(transformer, rows, size, text)
+        with torch.inference_mode(inference_mode):
+            # The calls lie outside the device's context, which is a guard of every graph.
+            with torch.device(transformer.device):
+                example = self.handle.backbone.example(transformer, rows, size, text)
             example = {k: _as(v, transformer.dtype) for k, v in example.items()}
             tokens = self._tokens(example)
             wanted = ks if self.shapes is Shapes.PER_K else (max(tokens // 2, 2),)
@@ -102,7 +104,8 @@ class CompiledBlocks:
         dynamic = self.shapes is Shapes.DYNAMIC
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            arguments = named(block, args, kwargs)
+            # Slices and transposes would each make a graph of their own.
+            arguments = {k: _contiguous(v) for k, v in named(block, args, kwargs).items()}
             if dynamic:
                 for tensor, axis in backbone.token_axes(arguments, name):
                     torch._dynamo.maybe_mark_dynamic(tensor, axis)
@@ -177,6 +180,10 @@ def use_cache(root: Path, identity: str, device: torch.device) -> Path:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     return folder
+
+
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:

@@ -176,7 +176,7 @@ def edit(folder: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (break_weights, "another file"),
+        (break_weights, "not the file"),
         (break_format, "format 99"),
         (break_table, "curve"),
         (break_router, "not whole"),

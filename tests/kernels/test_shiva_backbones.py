@@ -1,6 +1,6 @@
 # Copyright 2026 The KubeDiffusion Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Each backbone against a forward written out by hand: gather, block, scatter, with known tokens."""
+"""Each backbone against a forward written out by hand: gather, block, scatter."""
 
 from __future__ import annotations
 
