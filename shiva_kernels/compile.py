@@ -183,7 +183,10 @@ def use_cache(root: Path, identity: str, device: torch.device) -> Path:
 
 
 def _contiguous(value: Any) -> Any:
-    return value.contiguous() if isinstance(value, torch.Tensor) else value
+    """Through a flat view: a batch of one is contiguous with any stride, and guards look at it."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.contiguous().view(-1).view(value.shape)
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:
