@@ -94,7 +94,7 @@ class ShivaHandle:
 
         Raises ShivaError where an adapter was merged and its dense weights were not kept.
         """
-        self._merged.restore()
+        self._merged.restore(self.transformer)
         hooks.unregister(self.transformer, hooks.ROOT_HOOK)
         hooks.unregister(self.backbone.time_embedder(self.transformer), hooks.TIME_HOOK)
         for _, block in self._blocks:
