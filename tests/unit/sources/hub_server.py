@@ -73,7 +73,10 @@ class Hub:
 
 
 @contextmanager
-def served(hub: Hub) -> Iterator[Hub]:
+def served(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
+    """On loopback its storage has another name, so that a redirect leads to another host, which is
+    what makes it one for huggingface_hub; elsewhere large files are served as small ones are.
+    """
     connections: list[socket] = []
 
     class Handler(_Handler):
@@ -85,12 +88,13 @@ def served(hub: Hub) -> Iterator[Hub]:
             super().setup()
             connections.append(self.connection)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer((host, port), Handler)
     server.daemon_threads = True
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    hub.storage = f"http://localhost:{server.server_port}/storage"
+    hub.url = f"http://{host}:{server.server_port}"
+    if host == "127.0.0.1":
+        hub.storage = f"http://localhost:{server.server_port}/storage"
     try:
         yield hub
     finally:
@@ -153,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, code="EntryNotFound")
         data = self.hub.files[name]
         about = {"X-Repo-Commit": self.hub.commits[revision], "ETag": f'"{_etag(name, data)}"'}
-        if not name.endswith(".safetensors"):
+        if not name.endswith(".safetensors") or not self.hub.storage:
             return self._bytes(data, about)
         about["X-Linked-ETag"] = about["ETag"]
         about["X-Linked-Size"] = str(len(data))
