@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +16,7 @@ from shiva_kernels.errors import ShivaError
 from shiva_kernels.estimators import Estimator
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Read = TypeVar("Read", bound=BaseModel)
 
 
 class Stage(StrEnum):
@@ -42,11 +43,13 @@ class Ratios(StrEnum):
     DENSE = "dense"  # all of them: fine-tuning without pruning
 
 
-class _Model(BaseModel):
+class Settings(BaseModel):
+    """Cannot be changed, and knows no other field."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Arm(_Model):
+class Arm(Settings):
     """One thing to compare."""
 
     scores: Scores = Scores.ROUTER
@@ -73,7 +76,7 @@ class Arm(_Model):
         return self
 
 
-class Steps(_Model):
+class Steps(Settings):
     """Optimiser steps of each stage; 0 leaves a stage out."""
 
     router: int = Field(default=2000, ge=0)
@@ -96,14 +99,14 @@ class Steps(_Model):
         return {Stage.ROUTER: self.router, Stage.POLICY: self.policy, Stage.JOINT: self.joint}
 
 
-class Annealed(_Model):
+class Annealed(Settings):
     """A temperature that falls from `start` to `end` in half a cosine over the whole training."""
 
     start: float = Field(gt=0)
     end: float = Field(gt=0)
 
 
-class Weights(_Model):
+class Weights(Settings):
     """Of the losses: the budget (lambda lambda_b) and the distillation (lambda_d)."""
 
     budget: float = Field(default=2.0, ge=0)
@@ -111,7 +114,7 @@ class Weights(_Model):
     output: float = Field(default=1.0, ge=0)  # distance to the teacher's velocity
 
 
-class Rates(_Model):
+class Rates(Settings):
     """Learning rates of AdamW."""
 
     router: float = Field(default=3e-4, gt=0)
@@ -119,7 +122,7 @@ class Rates(_Model):
     adapter: float = Field(default=1e-4, gt=0)
 
 
-class TrainConfig(_Model):
+class TrainConfig(Settings):
     """A whole run; two runs of one key draw the same data, times and noise.
 
     micro_batches: of one timestep each, over all processes, a stratum each; they make a step.
@@ -166,14 +169,18 @@ class TrainConfig(_Model):
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Read a YAML file; what it leaves out has its default.
+    """Read a training's YAML file; what it leaves out has its default. Raises ShivaError."""
+    return read_yaml(TrainConfig, path)
+
+
+def read_yaml(model: type[Read], path: Path) -> Read:
+    """A model from a YAML file.
 
     Raises:
         ShivaError: no file, no YAML, or a field that does not exist or cannot have its value.
     """
     try:
-        raw = yaml.safe_load(path.read_text()) or {}
-        return TrainConfig.model_validate(raw)
+        return model.model_validate(yaml.safe_load(path.read_text()) or {})
     except OSError as error:
         raise ShivaError(f"{path}: cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:

@@ -21,7 +21,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+    StableDiffusion3Pipeline,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -41,8 +43,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """On another device."""
-        tensors = (t.to(device) for t in (self.latents, self.context, self.pooled))
-        return Batch(*tensors, self.captions)
+        latents, context, pooled = (t.to(device) for t in (self.latents, self.context, self.pooled))
+        return Batch(latents, context, pooled, self.captions)
 
 
 class Source(Protocol):
@@ -63,7 +65,8 @@ class Captions:
         """Context [B, S, W] and pooled [B, P]; the empty caption is the one of guidance."""
         missing = list(dict.fromkeys(text for text in texts if text not in self._kept))
         if missing:
-            context, _, pooled, _ = self.pipeline.encode_prompt(
+            encode: Any = self.pipeline.encode_prompt
+            context, _, pooled, _ = encode(
                 prompt=missing,
                 prompt_2=None,
                 prompt_3=None,

@@ -17,7 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+    StableDiffusion3Pipeline,
+)
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -129,7 +134,8 @@ class Sampling:
 def sigma_grid(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> tuple[float, ...]:
     """The noise levels at which the transformer is called, highest first."""
     scheduler.set_timesteps(steps)
-    return tuple(float(sigma) for sigma in scheduler.sigmas[:-1])
+    sigmas: Any = scheduler.sigmas
+    return tuple(float(sigma) for sigma in sigmas[:-1])
 
 
 @torch.no_grad()
@@ -171,7 +177,7 @@ def _denoise(
 ) -> Tensor:
     context, pooled = captions.encode([""] * len(prompts) + prompts)
     batch = Batch(latents, context.float(), pooled.float(), tuple(prompts)).to(student.device)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     grid = (*sigma_grid(scheduler, sampling.steps), 0.0)
     for sigma, following in itertools.pairwise(grid):
         level = torch.tensor(sigma, device=student.device)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -85,7 +85,8 @@ class MergingHook(ModelHook):
         k = max(1, int(x.shape[1] * self.ratio))
         merging = match(x, k, side=round(x.shape[1] ** 0.5))
         small = merging.merge(x)
-        output = self.fn_ref.original_forward(**arguments | {name: small})
+        forward: Any = self.fn_ref.original_forward
+        output = forward(**arguments | {name: small})
         at = metadata.return_hidden_states_index
         change = (output[at] if isinstance(output, tuple) else output) - small
         whole = x + merging.spread(change)

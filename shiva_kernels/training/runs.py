@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+    StableDiffusion3Pipeline,
+)
 from numpy.typing import NDArray
 
 from shiva_kernels.errors import ShivaError
@@ -24,7 +26,7 @@ from shiva_kernels.training.data import ShapesSource
 from shiva_kernels.training.student import Student
 from shiva_kernels.training.trainer import Trainer
 
-Arrays = dict[str, NDArray[np.float64]]
+Arrays = dict[str, NDArray[Any]]
 
 
 class OutOfTime(ShivaError):

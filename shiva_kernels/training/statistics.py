@@ -94,7 +94,8 @@ def _cluster_totals(
     if names.shape != values.shape:
         raise ValueError(f"{len(values)} values, but {names.shape} cluster names")
     _, index = np.unique(names, return_inverse=True)
-    return np.bincount(index, values), np.bincount(index).astype(np.float64)
+    sums = np.bincount(index, values).astype(np.float64)
+    return sums, np.bincount(index).astype(np.float64)
 
 
 def kernel_distance(ours: ArrayLike, theirs: ArrayLike) -> float:

@@ -20,7 +20,6 @@ here says which arm learns, and nothing about SD3 on photographs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,16 @@ from numpy.typing import NDArray
 from shiva_kernels.estimators import Estimator
 from shiva_kernels.tables import build_table
 from shiva_kernels.training.assemble import curve_of, image_tokens
-from shiva_kernels.training.config import Arm, Rates, Ratios, Scores, Steps, TrainConfig, Weights
+from shiva_kernels.training.config import (
+    Arm,
+    Rates,
+    Ratios,
+    Scores,
+    Settings,
+    Steps,
+    TrainConfig,
+    Weights,
+)
 from shiva_kernels.training.evaluation import (
     Case,
     Sample,
@@ -57,8 +65,7 @@ VALIDATION, TEST = 1, 2  # seeds of sample sets; streams of prompts follow from 
 _UNTRAINED = Steps(router=0, policy=0, joint=0)
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(Settings):
     """How large the study is. The defaults are meant for six CPU hours."""
 
     screen_steps: int = 80
@@ -126,8 +133,8 @@ def full_arms(scale: Scale, estimator: Estimator, router_rate: float) -> dict[st
 class Study:
     """Does what is not done yet, and writes tables of what is, to `results`."""
 
-    def __init__(self, runs: Runs, results: Path, scale: Scale = Scale()) -> None:
-        self.runs, self.results, self.scale = runs, results, scale
+    def __init__(self, runs: Runs, results: Path, scale: Scale | None = None) -> None:
+        self.runs, self.results, self.scale = runs, results, scale or Scale()
 
     @cached_property
     def _scheduler(self) -> Any:

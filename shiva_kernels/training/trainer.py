@@ -243,7 +243,8 @@ class Trainer:
             return 0.0
         if self._world > 1:
             for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+                mean: Any = self.accelerator.reduce(parameter.grad, reduction="mean")
+                parameter.grad = mean
         norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
         if math.isfinite(float(norm)):  # one bad micro-batch must not end a run of days
             self.optimizer.step()

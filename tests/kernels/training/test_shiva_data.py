@@ -65,9 +65,11 @@ def test_captions_lie_beside_pictures(folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_captions_come_from_a_list(folder: Path, kind: str) -> None:
     row = {"file_name": "without.png", "text": "black, and a comma"}
-    text = json.dumps(row) if kind == "jsonl" else 'file_name,text\nwithout.png,"{text}"'.format(**row)
+    text = (
+        json.dumps(row) if kind == "jsonl" else 'file_name,text\nwithout.png,"{text}"'.format(**row)
+    )
     (folder / f"metadata.{kind}").write_text(text + "\n")
-    found = dict((path.name, text) for path, text in captioned_pictures(folder))
+    found = {path.name: text for path, text in captioned_pictures(folder)}
     assert found["without.png"] == "black, and a comma"
     assert found["a.png"] == "a red one"
 
