@@ -86,21 +86,25 @@ class Training:
     student: Student
 
     @classmethod
-    def open(cls, folder: Path, *, trained: bool = True) -> Training:
-        """Raises ShivaError where nothing was trained in `folder`, or not yet anything."""
+    def new(cls, folder: Path, spec: RunSpec, config: TrainConfig) -> Training:
+        """With nothing trained yet, and nothing written."""
+        transformer = Path(spec.transformer) if spec.transformer else None
+        pipeline = load_pipeline(Path(spec.pipeline), transformer)
+        student = make_student(pipeline, config, pixels=spec.pixels)
+        return cls(folder, spec, config, pipeline, student)
+
+    @classmethod
+    def open(cls, folder: Path) -> Training:
+        """As far as it was trained. Raises ShivaError where nothing was, in `folder`."""
         try:
             kept = json.loads((folder / "run.json").read_text())
         except OSError as error:
             raise ShivaError(f"{folder}: no training there (no run.json)") from error
-        spec, config = RunSpec(**kept["spec"]), TrainConfig.model_validate(kept["config"])
-        transformer = Path(spec.transformer) if spec.transformer else None
-        pipeline = load_pipeline(Path(spec.pipeline), transformer)
-        student = make_student(pipeline, config, pixels=spec.pixels)
-        opened = cls(folder, spec, config, pipeline, student)
-        if trained:
-            if not (folder / "checkpoint.pt").exists():
-                raise ShivaError(f"{folder}: no checkpoint yet; `shiva train` writes one")
-            opened.trainer(opened.spec.source(pipeline))
+        if not (folder / "checkpoint.pt").exists():
+            raise ShivaError(f"{folder}: no checkpoint yet; `shiva train` writes one")
+        config = TrainConfig.model_validate(kept["config"])
+        opened = cls.new(folder, RunSpec(**kept["spec"]), config)
+        opened.trainer(opened.spec.source(opened.pipeline))
         return opened
 
     def trainer(self, source: Source, accelerator: Accelerator | None = None) -> Trainer:
@@ -128,6 +132,8 @@ def train(folder: Path, spec: RunSpec, config_file: Path | None, *, precision: s
     path = folder / "run.json"
     if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(kept)):
         raise ShivaError(f"{path}: this folder trains something else; take another --out")
+    training = Training.new(folder, spec, config)
+    source = spec.source(training.pipeline)
     logging_to = trackers()
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -137,11 +143,9 @@ def train(folder: Path, spec: RunSpec, config_file: Path | None, *, precision: s
     )
     if accelerator.is_main_process:
         write_json(path, kept)
-    accelerator.wait_for_everyone()
     if logging_to:
         accelerator.init_trackers("tensorboard")
-    training = Training.open(folder, trained=False)
-    trainer = training.trainer(spec.source(training.pipeline), accelerator)
+    trainer = training.trainer(source, accelerator)
     trainer.run()
     accelerator.end_training()
     return trainer.step

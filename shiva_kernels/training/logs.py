@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,7 +78,11 @@ class Means:
 
 def trackers() -> list[str]:
     """What accelerate should log to besides: TensorBoard, where it is installed."""
-    return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    try:
+        importlib.import_module("torch.utils.tensorboard")
+    except ImportError:  # not installed, or not whole: the CSV has the same numbers
+        return []
+    return ["tensorboard"]
 
 
 class Bar:
