@@ -30,7 +30,7 @@ from shiva_kernels.config import Guidance
 from shiva_kernels.tables import KTable
 from shiva_kernels.training.data import Batch, Captions, Source, trainer_module
 from shiva_kernels.training.sampling import micro_seed, step_strata
-from shiva_kernels.training.student import Pruning, Student
+from shiva_kernels.training.student import Observation, Pruning, Student
 
 Floats = NDArray[np.float64]
 # Keep ratios [prunable blocks] at a noise level.
@@ -90,19 +90,36 @@ class VelocityErrors:
 
 
 @torch.no_grad()
+def dense_answers(student: Student, samples: Sequence[Sample]) -> list[Observation]:
+    """The backbone's before any training, on each sample: the same for every arm."""
+    return [
+        student.teacher(
+            sample.mixed.to(student.device),
+            torch.tensor(sample.sigma, device=student.device),
+            sample.batch.to(student.device),
+            deltas=student.needs_deltas,
+        )
+        for sample in samples
+    ]
+
+
+@torch.no_grad()
 def velocity_errors(
-    student: Student, samples: Sequence[Sample], schedule: Schedule | None
+    student: Student,
+    samples: Sequence[Sample],
+    schedule: Schedule | None,
+    answers: Sequence[Observation] | None = None,
 ) -> VelocityErrors:
     """Of the student as it is now; without a schedule nothing is pruned.
 
-    "Dense" is the backbone before any training: the adapter is off for it.
+    "Dense" is the backbone before any training: the adapter is off for it. `answers` are its
+    `dense_answers` where they are known already.
     """
     to_dense, to_data, sigmas = [], [], []
-    for sample in samples:
+    for sample, dense in zip(samples, answers or dense_answers(student, samples), strict=True):
         batch = sample.batch.to(student.device)
         sigma = torch.tensor(sample.sigma, device=student.device)
         mixed = sample.mixed.to(student.device)
-        dense = student.teacher(mixed, sigma, batch, deltas=student.needs_deltas)
         pruning = None
         if schedule is not None:
             generator = torch.Generator().manual_seed(sample.seed)

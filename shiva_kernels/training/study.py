@@ -45,6 +45,7 @@ from shiva_kernels.training.evaluation import (
     Sample,
     Sampling,
     Schedule,
+    dense_answers,
     draw,
     fixed_samples,
     fixed_schedule,
@@ -58,7 +59,7 @@ from shiva_kernels.training.evaluation import (
 from shiva_kernels.training.merging import merged
 from shiva_kernels.training.runs import Arrays, Runs, chosen_once, write_json
 from shiva_kernels.training.statistics import kernel_distance, paired_difference
-from shiva_kernels.training.student import Student
+from shiva_kernels.training.student import Observation, Student
 
 RATIO = 0.6
 VALIDATION, TEST = 1, 2  # seeds of sample sets; streams of prompts follow from them
@@ -135,6 +136,8 @@ class Study:
 
     def __init__(self, runs: Runs, results: Path, scale: Scale | None = None) -> None:
         self.runs, self.results, self.scale = runs, results, scale or Scale()
+        self._samples: dict[int, list[Sample]] = {}
+        self._dense: dict[int, list[Observation]] = {}
 
     @cached_property
     def _scheduler(self) -> Any:
@@ -144,9 +147,22 @@ class Study:
 
     def samples(self, split: int) -> list[Sample]:
         """The fixed samples of validation or test."""
-        count = self.scale.samples if split == TEST else self.scale.validation_samples
-        shift = self._scheduler.config.shift
-        return list(fixed_samples(self.runs.held_out_source, count, shift, seed=split))
+        if split not in self._samples:
+            count, shift = self._count(split), self._scheduler.config.shift
+            drawn = fixed_samples(self.runs.held_out_source, count, shift, seed=split)
+            self._samples[split] = list(drawn)
+        return self._samples[split]
+
+    def _count(self, split: int) -> int:
+        return self.scale.samples if split == TEST else self.scale.validation_samples
+
+    def _answers(self, student: Student, split: int) -> list[Observation]:
+        """The dense backbone's, computed once for all arms but those that look into its blocks."""
+        if student.needs_deltas:
+            return dense_answers(student, self.samples(split))
+        if split not in self._dense:
+            self._dense[split] = dense_answers(student, self.samples(split))
+        return self._dense[split]
 
     def schedule(self, student: Student, budget: float) -> Schedule | None:
         """The arm's keep ratios at a budget."""
@@ -163,15 +179,16 @@ class Study:
         """Errors of an arm on a sample set, cached."""
 
         def measure(student: Student) -> Arrays:
-            errors = velocity_errors(student, self.samples(split), self.schedule(student, budget))
+            schedule, answers = self.schedule(student, budget), self._answers(student, split)
+            errors = velocity_errors(student, self.samples(split), schedule, answers)
             return {
                 "to_dense": errors.to_dense,
                 "to_data": errors.to_data,
                 "sigmas": errors.sigmas,
             }
 
-        count = self.scale.samples if split == TEST else self.scale.validation_samples
-        return self.runs.cached(name, config, f"velocity-{split}-{count}-{budget:g}", measure)
+        what = f"velocity-{split}-{self._count(split)}-{budget:g}"
+        return self.runs.cached(name, config, what, measure)
 
     # ------------------------------------------------------------ A
 

@@ -123,6 +123,8 @@ class Trainer:
         ratios = self._ratios(moment, sigmas, torch.tensor(strata.ratios, dtype=torch.float32))
         leaf = ratios.detach().requires_grad_(ratios.requires_grad)
         self.optimizer.zero_grad(set_to_none=True)
+        if not any(p.requires_grad for group in self.groups.values() for p in group):
+            return {"keep_ratio": float(leaf.detach().mean())}  # nothing of this arm learns yet
         means = Means()
         for micro, sigma in enumerate(sigmas):
             means.add(self._micro_step(moment, micro, sigma, leaf[micro]))

@@ -199,11 +199,15 @@ def benchmark(
 
 @shiva.command()
 def study(
-    results: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the tables go.")],
-    runs: Annotated[Path, typer.Option(metavar="FOLDER", help="Where trainings are cached.")],
-    pipeline: Pipeline,
-    shapes: Annotated[Path, typer.Option(metavar="FOLDER", help="models/tiny-sd3.")],
-    transformer: Transformer = None,
+    shapes: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="The shapes world: pipeline and trainer.")
+    ] = Path("models/tiny-sd3"),
+    results: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the tables go.")] = Path(
+        "benchmarks/results/shiva-study"
+    ),
+    runs: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where trainings are cached.")
+    ] = Path("out/shiva-study"),
     part: Annotated[
         list[str] | None, typer.Option(help="A, B, C or D; all without. Repeatable.")
     ] = None,
@@ -224,8 +228,8 @@ def study(
         for name, path in run_study(
             results=results,
             runs=runs,
-            pipeline=pipeline,
-            transformer=transformer,
+            pipeline=shapes / "pipeline",
+            transformer=shapes / "pipeline" / f"transformer_{pixels}",
             trainer=shapes,
             parts=part,
             scale_file=scale,

@@ -98,7 +98,9 @@ def test_arms_of_one_seed_see_the_same_samples(tmp_path: Path) -> None:
         Trainer(config, student_of(config), source, tmp_path / name).run()
         seen[name] = source.seeds
     assert len(seen["shiva"]) == 12
-    assert all(seeds == seen["shiva"] for seeds in seen.values())
+    assert seen["fixed"] == seen["shiva"]
+    # What learns in the joint stage alone begins there.
+    assert seen["random"] == seen["dense"] == seen["shiva"][-4:]
 
 
 @pytest.mark.parametrize("estimator", list(Estimator))
