@@ -113,7 +113,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     folder, results = args.out / "pipeline", args.out / "results"
     for length in args.lengths:
-        evaluate_pipeline(folder, results, args.images, args.steps, args.guidance, length)
+        evaluate_pipeline(
+            folder, results, args.images, args.steps, args.guidance, length, args.pixels
+        )
+    if args.pixels != PIXELS:
+        return  # the adapters are the 128-pixel transformer's
     length, fewer = min(args.lengths), max(2, args.images // 3)
     edges, outline = args.out / "controlnets" / "edges", args.out / "loras" / "outline"
     if edges.exists():
