@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.flop_counter import FlopCounterMode
 
 from shiva_kernels.artifact import Artifact
 from shiva_kernels.config import Guidance, KeepMap, ShivaConfig
 from shiva_kernels.errors import ShivaError
+from shiva_kernels.flops import cost_model
 from shiva_kernels.tables import build_table
 from shiva_kernels.training import plots
 from shiva_kernels.training.assemble import (
@@ -330,11 +330,11 @@ def benchmark(
                 )
 
     choices: list[float | None] = [None, *sorted(loaded.tables, reverse=True)]
-    flops = {}
-    for budget in choices:
-        with FlopCounterMode(display=False) as counter:
-            run(budget)
-        flops[budget] = float(counter.get_total_flops())
+    cost = cost_model(pipeline.transformer, len(latents), (side, side), context.shape[1])
+    flops: dict[float | None, float] = {None: cost.dense.true}
+    for budget in loaded.tables:
+        flops[budget] = cost.of_table(handle.table(budget, grid, cost.tokens)).true
+    run(None)
     times: dict[float | None, list[float]] = {budget: [] for budget in choices}
     for _ in range(rounds):
         for budget in choices:

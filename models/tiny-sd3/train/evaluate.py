@@ -149,7 +149,7 @@ def evaluate_pipeline(
         report[name] = summarize(verdicts) | {"seconds_per_image": round(seconds, 3)}
         failures = zip(cases, verdicts, strict=True)
         report[name]["failed"] = [case.text for case, verdict in failures if not verdict.right]
-        samples.append(pictures[: 16 * objects])
+        samples.append(pictures[: 16 * objects * PIXELS // pixels])
         print(f"{name}: {report[name]}", flush=True)
     results.mkdir(parents=True, exist_ok=True)
     size = "" if pixels == PIXELS else f"_{pixels}px"
