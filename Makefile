@@ -12,8 +12,9 @@ demo:  ## Draw "a red circle above a blue square" into out/demo.png through real
 test:  ## The tests: units, real processes, a real API server
 	@scripts/test
 
-test-all:  ## The tests and the longer studies
+test-all:  ## The tests and the longer studies, also those on a real cluster (root)
 	@scripts/test --all
+	@scripts/e2e --all
 
 e2e:  ## The whole way on a real cluster of this machine (root): kubelet, containerd, helm, Prometheus
 	@scripts/e2e

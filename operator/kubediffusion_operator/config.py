@@ -70,6 +70,9 @@ class NetworkPolicies(Resource):
     """A default-deny NetworkPolicy with the few edges needed, for each model and pool."""
 
     enabled: bool = True
+    hugging_face: Annotated[
+        bool, Field(description="Nodes that may have hf:// sources reach the hub.")
+    ] = True
     # NetworkPolicyPeers: the cluster's DNS (empty: anyone's), and who scrapes beside `prometheus`.
     dns: tuple[dict[str, Any], ...] = ()
     scrapers: tuple[dict[str, Any], ...] = ()

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ HERE = Path(__file__).parent
 MAX_NODES = 4
 # The bridge of scripts/cluster/node.
 BRIDGE = "172.31.250.1"
+# Where a test may serve a hub: the one port outside of the cluster that NetworkPolicies open.
+HUB_PORT = 443
+HUB = {"HF_ENDPOINT": f"http://{BRIDGE}:{HUB_PORT}", "HF_HUB_DISABLE_XET": "1"}
 # What every node begins with.
 SYSTEM_IMAGES = ("pause", "coredns")
 OUR_IMAGES = ("control-plane", "prometheus")
@@ -330,14 +333,18 @@ def node_template() -> dict[str, Any]:
     """
     mount = {"name": ENVIRONMENT, "mountPath": ENVIRONMENT_PATH, "readOnly": True}
     claim = {"claimName": ENVIRONMENT, "readOnly": True}
-    variables = {"PYTHONPATH": ENVIRONMENT_PATH, "OMP_NUM_THREADS": "1"}
     container = {
         "name": "node",
-        "env": [{"name": name, "value": value} for name, value in variables.items()],
+        "env": variables({"PYTHONPATH": ENVIRONMENT_PATH, "OMP_NUM_THREADS": "1", **HUB}),
         "volumeMounts": [mount],
     }
     volume = {"name": ENVIRONMENT, "persistentVolumeClaim": claim}
     return {"spec": {"containers": [container], "volumes": [volume]}}
+
+
+def variables(values: Mapping[str, str]) -> list[dict[str, str]]:
+    """As a container's `env`."""
+    return [{"name": name, "value": value} for name, value in values.items()]
 
 
 def _script(name: str, *arguments: str) -> str:

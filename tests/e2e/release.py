@@ -7,6 +7,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterable, Mapping
@@ -17,8 +19,8 @@ from typing import Any
 import openai
 import yaml
 
-from tests.cluster.kube import ROOT, Kube, Object, is_true
-from tests.e2e.cluster import Cluster, node_template
+from tests.cluster.kube import ROOT, Kube, Object, condition, is_true
+from tests.e2e.cluster import HUB, Cluster, node_template, variables
 
 EXAMPLE = ROOT / "examples/tiny-sd3.yaml"
 CHART = ROOT / "charts/kubediffusion"
@@ -62,7 +64,8 @@ class Release:
         node = node_template()
         least = {"cpu": "20m", "memory": "64Mi"}
         node["spec"]["containers"][0]["resources"] = {"requests": least}
-        ours.write_text(json.dumps({"nodes": {"podTemplate": node}}))
+        operator = {"extraEnv": variables(HUB)}
+        ours.write_text(json.dumps({"nodes": {"podTemplate": node}, "operator": operator}))
         more = self.cluster.folder / "more-values.json"
         more.write_text(json.dumps(values))
         files = [VALUES / "e2e.yaml", ours, more]
@@ -106,6 +109,21 @@ class Release:
 
     def kubectl(self, *words: str, stdin: str = "", check: bool = True) -> str:
         return self.cluster.kubectl("-n", self.namespace, *words, stdin=stdin, check=check)
+
+    def plugin(self, *words: str) -> str:
+        """``kubectl diffusion ...``"""
+        environment = self.cluster.plane.environment(namespace=self.namespace)
+        environment["PATH"] += f":{Path(sys.executable).parent}"
+        done = subprocess.run(
+            ["kubectl", "diffusion", *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
 
     def apply(self, *objects: Object) -> None:
         self.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(objects))
@@ -201,3 +219,7 @@ def tiny(name: str = "tiny", models: Mapping[str, Any] | None = None, **spec: An
             **spec,
         },
     }
+
+
+def is_ready(pod: Object) -> bool:
+    return condition(pod, "Ready").get("status") == "True"

@@ -165,7 +165,7 @@ def _network_policy(nodes: Nodes, config: OperatorConfig) -> Object:
     names: dict[str, Any] = {"to": list(given.dns)} if given.dns else {}
     names["ports"] = [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]
     egress: list[dict[str, Any]] = [names, {"to": [others], "ports": [_tcp(GRPC_PORT)]}]
-    if nodes.downloads:
+    if nodes.downloads and given.hugging_face:
         egress.append({"to": OUTSIDE, "ports": [_tcp(443)]})
     return _object(
         nodes,

@@ -44,7 +44,6 @@ _FIXES = {
     "Crashed": "see the log of its last run: kubectl logs --previous",
     "Refused": "change what the API server refuses, under podTemplate or resources",
     "QuotaExceeded": "raise the namespace's ResourceQuota, or lower maxReplicas",
-    "VolumeFailed": "look at the pod's volumes and claims",
     "NotReady": "see the pod's log",
 }
 _WAITING = {

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from textwrap import indent
 from typing import Any, TextIO, TypeVar
 
 import typer
@@ -84,8 +85,12 @@ def show_error(error: KubeDiffusionError) -> None:
         line.append(f"{error.field}: ", "bold")
     console.print(line.append(first), soft_wrap=not console.is_terminal)
     if rest:
-        # Other problems, or the end of a log: as it is.
-        console.print(Padding(Text(rest), (0, 0, 0, 2)), soft_wrap=not console.is_terminal)
+        # Other problems, or the end of a log: as it is. A Padding is as wide as the console, and
+        # cuts off what is longer where lines are not to be wrapped.
+        if console.is_terminal:
+            console.print(Padding(Text(rest), (0, 0, 0, 2)))
+        else:
+            console.print(Text(indent(rest, "  ")), soft_wrap=True)
     if isinstance(error, Overloaded):
         console.print(f"Try again in {error.retry_after:.0f} s.", style="dim")
 

@@ -1,6 +1,9 @@
 # Copyright 2026 The KubeDiffusion Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which models are on this node: what the planner says, carried out one model at a time."""
+"""Which models are on this node: what the planner says.
+
+Sources are fetched side by side; the device loads and unloads one model at a time.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from kubediffusion.errors import (
 from kubediffusion.models.base import Family, LoadSpec, Model
 from kubediffusion.node.device import Device
 from kubediffusion.node.failures import is_out_of_memory
-from kubediffusion.node.library import Library
+from kubediffusion.node.library import Files, Library
 from kubediffusion.node.tasks import Resident
 from kubediffusion.node.threads import in_thread
 from kubediffusion.telemetry.metrics import NodeMetrics
@@ -34,6 +37,8 @@ FIRST_RETRY_SECONDS = 1.0
 # A source that answers so will answer the same in a second.
 LASTING = frozenset({"SourceNotFound", "RevisionNotFound", "Unauthorized", "Offline"})
 MAX_MODELS = 256
+# So many sources are read at a time: one that is slow must not keep the others' models away.
+MAX_FETCHES = 4
 
 PENDING = node_pb2.MODEL_STATE_PENDING
 DOWNLOADING = node_pb2.MODEL_STATE_DOWNLOADING
@@ -66,6 +71,9 @@ class DoesNotFitError(KubeDiffusionError):
 class Residency:
     """Plans come in by `plan`; a task of its own evicts what is no longer planned, then loads.
 
+    A fetch whose model is no longer planned is let go: its thread ends by itself, and what it has
+    brought stays in the cache.
+
     One failing model does not keep the others from serving. A failure that may pass (the source
     does not answer) is tried again; any other waits for a newer plan.
     """
@@ -94,6 +102,7 @@ class Residency:
         self._planner = ""
         self._planned: dict[str, node_pb2.ModelSpec] = {}
         self._residents: dict[str, Resident] = {}
+        self._fetches: dict[str, asyncio.Task[Files]] = {}
         self._work = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -101,9 +110,10 @@ class Residency:
         self._task = asyncio.create_task(self._carry_out(), name="residency")
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [*self._fetches.values(), *filter(None, [self._task])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # ------------------------------------------------------------ what is asked
 
@@ -207,27 +217,51 @@ class Residency:
                 # First out, then in; together, since each may have to wait for its tasks.
                 await asyncio.gather(*(self._evict(resident) for resident in surplus))
                 continue
-            due = self._next_due()
-            if due is not None and due.retry_at <= self._now():
-                await self._bring_in(due)
+            due = self._fetch_due()
+            fetched = next((i for i, fetch in self._fetches.items() if fetch.done()), None)
+            if fetched is not None:
+                await self._bring_in(self._residents[fetched], self._fetches.pop(fetched))
                 continue
-            pause = None if due is None else due.retry_at - self._now()
             try:
-                async with asyncio.timeout(pause):
+                async with asyncio.timeout(None if due is None else max(0, due - self._now())):
                     await self._work.wait()
             except TimeoutError:
                 continue
 
-    def _next_due(self) -> Resident | None:
-        pending = [
-            self._residents[identity]
-            for identity in self._planned
-            if identity in self._residents and self._residents[identity].status.state == PENDING
-        ]
-        return min(pending, key=lambda resident: resident.retry_at, default=None)
+    def _fetch_due(self) -> float | None:
+        """Begins the fetches that may begin. When the next one may, where that is known."""
+        pending = sorted(
+            (
+                resident
+                for identity in self._planned
+                if identity not in self._fetches
+                and (resident := self._residents[identity]).status.state == PENDING
+            ),
+            key=lambda resident: resident.retry_at,
+        )
+        for resident in pending:
+            if len(self._fetches) >= MAX_FETCHES:
+                return None
+            if resident.retry_at > self._now():
+                return resident.retry_at
+            self._begin_fetch(resident)
+        return None
+
+    def _begin_fetch(self, resident: Resident) -> None:
+        resident.attempts += 1
+        self._set(resident, DOWNLOADING)
+        fetch = asyncio.create_task(self._fetch(resident), name=f"fetch {resident.identity}")
+        fetch.add_done_callback(lambda _: self._work.set())
+        self._fetches[resident.identity] = fetch
+
+    async def _fetch(self, resident: Resident) -> Files:
+        self._library.family(resident.spec)  # an unknown one needs no download to fail
+        return await in_thread(self._library.fetch, resident.spec, resident.progress)
 
     async def _evict(self, resident: Resident) -> None:
         """Its leases are given back at their next step, its one-shot tasks end; then it goes."""
+        if fetch := self._fetches.pop(resident.identity, None):
+            fetch.cancel()
         if resident.model is not None:
             self._set(resident, EVICTING)
             self.on_evicting(resident)
@@ -243,10 +277,9 @@ class Residency:
             self._enter(self._planned[resident.identity])
         self.on_change()
 
-    async def _bring_in(self, resident: Resident) -> None:
-        resident.attempts += 1
+    async def _bring_in(self, resident: Resident, fetch: asyncio.Task[Files]) -> None:
         try:
-            model = await self._load(resident)
+            model = await self._load(resident, await fetch)
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -267,11 +300,9 @@ class Residency:
             status.load_seconds,
         )
 
-    async def _load(self, resident: Resident) -> Model:
+    async def _load(self, resident: Resident, files: Files) -> Model:
         status, spec = resident.status, resident.spec
-        self._set(resident, DOWNLOADING)
         family = self._library.family(spec)
-        files = await in_thread(self._library.fetch, spec, resident.progress)
         status.digest = files.weights.digest
         # A planner must know why it does not fit: told before, and told again once it is loaded.
         status.nbytes = files.weights.nbytes

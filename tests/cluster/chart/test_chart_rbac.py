@@ -105,6 +105,7 @@ PEOPLE = {
         ("list", "modelpools", True),
         ("create", "diffusionworkflows", True),
         ("patch", "diffusionmodels/scale", True),
+        ("patch", "modelpools/scale", True),
         ("patch", "diffusionmodels/status", False),
     ],
     "admin": [("deletecollection", "diffusionworkflows", True)],

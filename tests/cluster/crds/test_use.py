@@ -13,6 +13,7 @@ import yaml
 from kubediffusion.api import schema
 from tests.cluster.crds.manifests import MODEL, POOL, WORKFLOW, changed
 from tests.cluster.kube import ROOT, ControlPlane, Kube
+from tests.unit.docs.pages import blocks
 
 EXAMPLES = sorted((ROOT / "examples").glob("**/*.yaml"))
 OURS = [e for e in EXAMPLES if "kubediffusion.io" in e.read_text().partition("apiVersion:")[2][:30]]
@@ -33,6 +34,13 @@ def kubectl(control_plane: ControlPlane, crds: list[str], namespace: str) -> Any
 def test_examples_are_taken(kubectl: Any, path: Path) -> None:
     said = kubectl("apply", "--dry-run=server", "-f", str(path))
     assert "created (server dry run)" in said
+
+
+def test_examples_of_the_page_are_taken(kubectl: Any) -> None:
+    page = (ROOT / "docs/resources.md").read_text()
+    whole = [text for text in blocks(page, "yaml") if text.startswith("apiVersion:")]
+    said = kubectl("apply", "--dry-run=server", "-f", "-", stdin="---\n".join(whole))
+    assert said.count("created (server dry run)") == len(whole) == len(NAMES)
 
 
 def test_there_is_an_example_of_each_kind() -> None:

@@ -228,6 +228,27 @@ def test_where_nobody_measures_nothing_is_scaled(render: Render) -> None:
     assert "promet" not in str(rendered.names("Deployment"))
 
 
+@pytest.mark.parametrize(
+    ("values", "stale"),
+    [
+        ({}, 30),
+        ({"prometheus": {"scrapeIntervalSeconds": 15}}, 45),
+        ({"monitors": {"intervalSeconds": 60}}, 30),
+        ({"prometheus": {"enabled": False, "url": "http://p:9090"}}, 30),
+        (
+            {
+                "prometheus": {"enabled": False, "url": "http://p:9090"},
+                "monitors": {"intervalSeconds": 60},
+            },
+            180,
+        ),
+    ],
+)
+def test_a_number_is_stale_after_three_scrapes(render: Render, values: Object, stale: int) -> None:
+    """Of the Prometheus that is read; and not before 30 s."""
+    assert render(values).config.prometheus.stale_seconds == stale
+
+
 def test_a_prometheus_that_is_there_is_used(render: Render) -> None:
     url = "https://prometheus.monitoring:9090"
     rendered = render({"prometheus": {"enabled": False, "url": url, "auth": {"secretName": "p"}}})

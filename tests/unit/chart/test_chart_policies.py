@@ -200,8 +200,9 @@ def test_a_node_without_a_policy_of_its_own_is_cut_off(plain: Rendered) -> None:
 
 
 def test_an_installation_without_the_hub_has_no_way_out(render: Render) -> None:
+    """Nor have the nodes of a pool, which might download, or of an hf:// model made by hand."""
     rendered = render({"networkPolicy": {**NARROW["networkPolicy"], "huggingFace": False}})
-    net, there = network(rendered, rendered.config, downloads=False), ends(rendered)
+    net, there = network(rendered, rendered.config), ends(rendered)
     for name in OURS:
         assert not any(net.connects(there[name], there["internet"], port) for port in PORTS)
 

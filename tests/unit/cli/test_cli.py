@@ -184,6 +184,14 @@ def test_a_wrong_file_is_shown_with_field_and_line(file: Path) -> None:
     assert "line 6" in result.stderr
 
 
+def test_a_program_reads_every_problem_of_a_file_whole(file: Path) -> None:
+    """However long its line is: no terminal, no width."""
+    file.write_text(WORKFLOW.replace("preset:", "presett:") + "  replicas: 1\n")
+    lines = invoke("validate", "-f", file).stderr.splitlines()
+    assert len(lines) > 1
+    assert all(f"({file}, line " in line and line.endswith(")") for line in lines), lines
+
+
 @pytest.mark.parametrize("command", ["status", "generate"])
 def test_where_nothing_is_up_the_user_learns_how_to_start_it(file: Path, command: str) -> None:
     result = invoke(command)

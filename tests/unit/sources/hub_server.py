@@ -73,7 +73,8 @@ class Hub:
 
 
 @contextmanager
-def served(hub: Hub) -> Iterator[Hub]:
+def served(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
+    """On loopback its storage has another name, so that a redirect leads to another host."""
     connections: list[socket] = []
 
     class Handler(_Handler):
@@ -85,12 +86,13 @@ def served(hub: Hub) -> Iterator[Hub]:
             super().setup()
             connections.append(self.connection)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer((host, port), Handler)
     server.daemon_threads = True
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    hub.storage = f"http://localhost:{server.server_port}/storage"
+    other = "localhost" if host == "127.0.0.1" else host
+    hub.url = f"http://{host}:{server.server_port}"
+    hub.storage = f"http://{other}:{server.server_port}/storage"
     try:
         yield hub
     finally:

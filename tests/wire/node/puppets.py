@@ -167,6 +167,7 @@ class Shelf:
         self.models: dict[str, PuppetModel] = {}
         self.opened: list[str] = []
         self.down = 0  # so many more times the source does not answer
+        self.slow: dict[str, threading.Event] = {}  # sources that answer once their event is set
 
     def load(self, spec: LoadSpec) -> PuppetModel:
         if message := spec.options.get("broken"):
@@ -185,6 +186,8 @@ class Shelf:
 
     def open(self, uri: str, revision: str = "", **options: Any) -> Any:
         self.opened.append(uri)
+        if uri in self.slow:
+            self.slow[uri].wait(WAIT)
         if self.down:
             self.down -= 1
             raise SourceUnavailable(f"{uri} does not answer")
@@ -199,9 +202,11 @@ class Shelf:
         return Library(self.family, self.open)
 
 
-def spec(identity: str, component: str = "text_encoder", **fields: Any) -> node_pb2.ModelSpec:
+def spec(
+    identity: str, component: str = "text_encoder", uri: str = "test://w", **fields: Any
+) -> node_pb2.ModelSpec:
     return node_pb2.ModelSpec(
-        identity=identity, family="puppet", component=component, uri="test://w", **fields
+        identity=identity, family="puppet", component=component, uri=uri, **fields
     )
 
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -12,9 +14,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from puppets import Rig, spec
 
+from kubediffusion.node.residency import MAX_FETCHES
 from kubediffusion.v1alpha1 import node_pb2
 
 READY, FAILED = node_pb2.MODEL_STATE_READY, node_pb2.MODEL_STATE_FAILED
+DOWNLOADING = node_pb2.MODEL_STATE_DOWNLOADING
 
 
 async def health(rig: Rig) -> int:
@@ -130,6 +134,41 @@ async def test_a_source_that_is_down_is_asked_again(tmp_path: Path) -> None:
     await rig.plan(2, [spec("enc")])
     assert (await rig.settled())["enc"].state == READY
     await rig.stop()
+
+
+def states(rig: Rig) -> dict[str, int]:
+    return {status.identity: status.state for status in rig.server.residency.statuses()}
+
+
+@pytest.fixture
+def slow(rig: Rig) -> Iterator[str]:
+    """A source that does not answer before the test is over."""
+    answer = rig.shelf.slow["test://slow"] = threading.Event()
+    yield "test://slow"
+    answer.set()
+
+
+async def test_a_slow_source_holds_up_no_other_model(rig: Rig, slow: str) -> None:
+    await rig.plan(2, [spec("slow", uri=slow), spec("new")])
+    await rig.until(lambda: rig.server.residency.ready == ["new"])
+    assert states(rig)["slow"] == DOWNLOADING
+
+
+async def test_a_model_no_longer_planned_is_not_waited_for(rig: Rig, slow: str) -> None:
+    await rig.plan(2, [spec("slow", uri=slow)])
+    await rig.until(lambda: states(rig)["slow"] == DOWNLOADING)
+    await rig.plan(3, [spec("new")])
+    assert set(await rig.settled()) == {"new"}
+    assert "slow" not in rig.shelf.models
+
+
+async def test_only_so_many_sources_are_read_at_a_time(rig: Rig, slow: str) -> None:
+    names = [f"slow-{number}" for number in range(MAX_FETCHES + 2)]
+    await rig.plan(2, [spec(name, uri=slow) for name in names])
+    await rig.until(lambda: DOWNLOADING in states(rig).values())
+    assert list(states(rig).values()).count(DOWNLOADING) == MAX_FETCHES
+    rig.shelf.slow[slow].set()
+    assert set(await rig.settled()) == set(names)
 
 
 async def test_equal_weight_files_have_equal_digests(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ prometheus:
 {{- end }}
 networkPolicies:
   enabled: {{ .Values.networkPolicy.enabled }}
+  huggingFace: {{ .Values.networkPolicy.huggingFace }}
   {{- with .Values.networkPolicy.nodesEgress }}
   extraEgress:
     {{- toYaml . | nindent 4 }}
@@ -79,6 +80,11 @@ logLevel: {{ .Values.logLevel }}
 {{- define "kubediffusion.operatorPrometheus" -}}
 {{- with include "kubediffusion.prometheusUrl" . -}}
 url: {{ . }}
+{{- end }}
+{{- /* Three scrapes, and not less than the operator's own 30 s. */}}
+{{- $interval := ternary .Values.prometheus.scrapeIntervalSeconds .Values.monitors.intervalSeconds .Values.prometheus.enabled | int }}
+{{- if gt $interval 10 }}
+staleSeconds: {{ mul 3 $interval }}
 {{- end }}
 {{- if .Values.prometheus.enabled }}
 namespace: {{ .Release.Namespace }}
