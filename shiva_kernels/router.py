@@ -13,6 +13,8 @@ ties are broken by position.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 
@@ -69,8 +71,15 @@ class ShivaRouter(nn.Module):
         """Raw scores (B, N), float32, of the tokens x (B, N, D) that enter `block`."""
         group = self.groups[block // self.sharing]
         layer = self.layer_embedding.weight[block]
-        with torch.autocast(x.device.type, enabled=False):
+        with _full_precision(x.device.type):
             return group(x.float(), time.float(), pooled.float(), layer)
+
+
+def _full_precision(device: str) -> AbstractContextManager[object]:
+    """No autocast, where the device has it: the meta device has not."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def parameter_count(

@@ -53,6 +53,13 @@ class Backbone(ABC):
     def sigmas(self, arguments: Arguments) -> torch.Tensor:
         """Noise levels in [0, 1], of any shape."""
 
+    @abstractmethod
+    def example(self, transformer: Any, rows: int, size: tuple[int, int], text: int) -> Arguments:
+        """Inputs of `rows` rows, for warming up and counting: zeros on the current device.
+
+        `size` is height and width in latents, `text` the number of text tokens.
+        """
+
     def check(self, arguments: Arguments) -> None:
         """Raises Unsupported for a call that cannot be pruned."""
         extra = arguments.get("joint_attention_kwargs") or {}

@@ -36,6 +36,20 @@ class Flux(Backbone):
     def sigmas(self, arguments: Arguments) -> torch.Tensor:
         return arguments["timestep"]
 
+    def example(self, transformer: Any, rows: int, size: tuple[int, int], text: int) -> Arguments:
+        config = transformer.config
+        tokens = size[0] * size[1] // 4  # 2 x 2 latents are packed into a token
+        example = {
+            "hidden_states": torch.zeros(rows, tokens, config.in_channels),
+            "encoder_hidden_states": torch.zeros(rows, text, config.joint_attention_dim),
+            "pooled_projections": torch.zeros(rows, config.pooled_projection_dim),
+            "timestep": torch.zeros(rows),
+            "img_ids": torch.zeros(tokens, 3),
+            "txt_ids": torch.zeros(text, 3),
+            "return_dict": False,
+        }
+        return example | ({"guidance": torch.ones(rows)} if config.guidance_embeds else {})
+
     def check(self, arguments: Arguments) -> None:
         super().check(arguments)
         if (arguments.get("joint_attention_kwargs") or {}).get("attention_mask") is not None:

@@ -40,6 +40,20 @@ class PixArt(Backbone):
     def sigmas(self, arguments: Arguments) -> torch.Tensor:
         return torch.as_tensor(arguments["timestep"]).float() / 1000
 
+    def example(self, transformer: Any, rows: int, size: tuple[int, int], text: int) -> Arguments:
+        config = transformer.config
+        extra: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        if transformer.use_additional_conditions:
+            extra = {"resolution": torch.ones(rows, 2), "aspect_ratio": torch.ones(rows, 1)}
+        width = config.caption_channels or config.cross_attention_dim
+        return {
+            "hidden_states": torch.zeros(rows, config.in_channels, *size),
+            "encoder_hidden_states": torch.zeros(rows, text, width),
+            "timestep": torch.zeros(rows),
+            "added_cond_kwargs": extra,
+            "return_dict": False,
+        }
+
     def check(self, arguments: Arguments) -> None:
         super().check(arguments)
         if arguments.get("attention_mask") is not None:

@@ -33,5 +33,15 @@ class Sd3(Backbone):
     def sigmas(self, arguments: Arguments) -> torch.Tensor:
         return arguments["timestep"] / 1000
 
+    def example(self, transformer: Any, rows: int, size: tuple[int, int], text: int) -> Arguments:
+        config = transformer.config
+        return {
+            "hidden_states": torch.zeros(rows, config.in_channels, *size),
+            "encoder_hidden_states": torch.zeros(rows, text, config.joint_attention_dim),
+            "pooled_projections": torch.zeros(rows, config.pooled_projection_dim),
+            "timestep": torch.zeros(rows),
+            "return_dict": False,
+        }
+
     def is_follower(self, arguments: Arguments) -> bool:
         return arguments.get("skip_layers") is not None

@@ -1,0 +1,79 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_backbones import PAIR, SIGMAS, TOKENS, artifact_of, call, inputs, make
+
+from shiva_kernels import ShivaConfig, ShivaHandle, Unsupported, apply_shiva
+from shiva_kernels.compile import Shapes, cache_key, compile_blocks, use_cache
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
+    torch._dynamo.reset()
+
+
+def pruned(name: str = "sd3") -> tuple[Any, ShivaHandle]:
+    transformer = make(name)
+    handle = apply_shiva(transformer, ShivaConfig(artifact_of(transformer), 0.6, guidance=PAIR))
+    return transformer, handle
+
+
+def test_blocks_of_a_kind_share_one_graph_over_all_steps_and_budgets() -> None:
+    """SD3: blocks 0 to 3 are one kind, the last, which drops its text, is another."""
+    transformer, handle = pruned()
+    eager = {s: call(transformer, inputs("sd3", 2, s)) for s in SIGMAS}
+    compiled = compile_blocks(handle)
+    ks = set()
+    for sigma in SIGMAS:
+        out = call(transformer, inputs("sd3", 2, sigma))
+        assert torch.allclose(out, eager[sigma], atol=1e-3, rtol=1e-3)
+        ks |= set(handle.table(0.6, SIGMAS, TOKENS).row(sigma))
+    with handle.request(0.4).step(0.5):
+        call(transformer, inputs("sd3", 2))
+    assert len(ks) > 8
+    assert compiled.graphs == 2
+    assert compiled.seconds > 0
+    compiled.remove()
+    assert torch.equal(call(transformer, inputs("sd3", 2)), eager[0.5])
+
+
+def test_warming_up_compiles_all_that_a_request_needs() -> None:
+    transformer, handle = pruned()
+    compiled = compile_blocks(handle)
+    assert compiled.warm_up(2, (16, 16), 5, inference_mode=False) == 2
+    for budget in (0.8, 0.6, 0.4):
+        with handle.request(budget).step(0.5):
+            call(transformer, inputs("sd3", 2))
+    assert compiled.graphs == 2
+
+
+def test_a_graph_for_each_k_is_never_silently_eager() -> None:
+    transformer, handle = pruned()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled = compile_blocks(handle, Shapes.PER_K, expected_graphs=2)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            for sigma in SIGMAS:
+                call(transformer, inputs("sd3", 2, sigma))
+    assert compiled.graphs >= 2
+
+
+def test_the_cache_is_named_by_what_its_code_depends_on(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    assert cache_key("a", cpu) == cache_key("a", cpu) != cache_key("b", cpu)
+    folder = use_cache(tmp_path, "a", cpu)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+    folder.chmod(0o777)
+    with pytest.raises(Unsupported, match="others can write"):
+        use_cache(tmp_path, "a", cpu)
