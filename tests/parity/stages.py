@@ -59,7 +59,10 @@ class InProcess:
 
     def start(self, case: Case) -> Any:
         _, given, rest = self.prepare(case)
-        return self.denoiser.start(given, **rest)
+        return self.denoiser.start(given, budget=self.budget(case), **rest)
+
+    def budget(self, case: Case) -> float | None:
+        return language.choose_budget(self.resolved, case.budget, self.facts["transformer"])
 
     @property
     def denoiser(self) -> Any:
@@ -85,6 +88,7 @@ def _wired(value: Any) -> Any:
 
 def _load_spec(ref: language.ModelRef) -> LoadSpec:
     path = sources.open(ref.uri).path
+    pruning = ref.options.get("pruning_uri")
     return LoadSpec(
         identity=ref.identity,
         family=ref.family,
@@ -95,6 +99,7 @@ def _load_spec(ref: language.ModelRef) -> LoadSpec:
         variant=ref.variant,
         class_name=ref.class_name,
         options=ref.options,
+        pruning_path=sources.open(pruning).path if pruning else None,
     )
 
 

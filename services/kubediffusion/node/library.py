@@ -4,16 +4,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from kubediffusion.errors import InvalidInput, UnsupportedModel
 from kubediffusion.models.base import Family
+from kubediffusion.models.loading import PICKLES
 from kubediffusion.node.tasks import Progress
 from kubediffusion.node.weights import Weights, inspect
 from kubediffusion.v1alpha1 import node_pb2
+
+# Of a pruning artifact; named here since shiva_kernels' own names come with all of diffusers.
+ARTIFACT_FILES = ("shiva.json", "shiva.safetensors")
 
 
 class Source(Protocol):
@@ -43,6 +47,8 @@ class Files:
     path: Path
     pipeline_path: Path
     weights: Weights
+    # The folder of its pruning artifact.
+    pruning_path: Path | None = None
 
 
 class Library:
@@ -69,7 +75,32 @@ class Library:
             spec.uri, spec.revision, allow=_needed(spec.subfolder, spec.variant), progress=progress
         )
         path = source.path / spec.subfolder if spec.subfolder else source.path
-        return Files(path, source.path, inspect(path, spec.variant, spec.dtype))
+        weights = inspect(path, spec.variant, spec.dtype)
+        if not spec.options.get("pruning_uri"):
+            return Files(path, source.path, weights)
+        artifact = self._fetch_artifact(spec.options)
+        return Files(path, source.path, weights.merged(inspect(artifact)), artifact)
+
+    def _fetch_artifact(self, options: Mapping[str, str]) -> Path:
+        """The pruning artifact's folder, which holds its two files. Raises UnsupportedModel."""
+        uri, subfolder = options["pruning_uri"], options.get("pruning_subfolder", "")
+        _check_inside(subfolder)
+        own = f"{subfolder}/" if subfolder else ""
+        allow = tuple(own + name for name in ARTIFACT_FILES)
+        source = self._open(uri, options.get("pruning_revision", ""), allow=allow)
+        folder = source.path / subfolder if subfolder else source.path
+        missing = [name for name in ARTIFACT_FILES if not (folder / name).is_file()]
+        if missing:
+            beside = [folder] if folder.is_file() else sorted(folder.glob("*"))
+            pickles = ", ".join(file.name for file in beside if file.suffix in PICKLES)
+            what = f"; {pickles} could run code and is never loaded" if pickles else ""
+            raise UnsupportedModel(
+                f"{uri} is no pruning artifact: it has no {missing[0]}{what}. An artifact is a "
+                f"folder with {' and '.join(ARTIFACT_FILES)}, as the trainer exports it",
+                field="pruning.artifact",
+                reason="NotSafetensors" if pickles else "WrongArchitecture",
+            )
+        return folder
 
     def fetch_lora(self, lora: node_pb2.LoraUse) -> Path:
         """The LoRA's file or folder. Blocking."""

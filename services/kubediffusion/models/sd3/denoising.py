@@ -13,6 +13,7 @@ import torch
 from kubediffusion.errors import InvalidInput
 from kubediffusion.models.base import CheckpointState, PortValue
 from kubediffusion.models.preview import picture_of
+from kubediffusion.models.pruning import LeasePruning
 from kubediffusion.models.random import generator_of, state_of
 from kubediffusion.models.sd3.conditioning import Conditioning
 
@@ -34,6 +35,8 @@ class Sd3Denoising:
         self.timesteps = timesteps
         self.latents = latents
         self.generator = generator
+        # How many tokens it keeps, at which step; the denoiser says so.
+        self.pruning = LeasePruning(None, 0)
         self._step = step
         # What the last step started from: latents, velocity, timestep; for previews.
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -49,6 +52,17 @@ class Sd3Denoising:
     @property
     def timestep(self) -> torch.Tensor:
         return self.timesteps[self._step]
+
+    @property
+    def sigma(self) -> float:
+        """The noise level of the next step, in [0, 1]."""
+        return self.timestep.item() / self.scheduler.config.num_train_timesteps
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """Of the request's whole grid, also where it begins later or was resumed."""
+        grid = self.scheduler.timesteps.double() / self.scheduler.config.num_train_timesteps
+        return tuple(grid.tolist())
 
     def checkpoint(self) -> CheckpointState:
         tensors = {"latents": self.latents.clone(), "generator": state_of(self.generator)}
