@@ -20,7 +20,7 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _SHOWN_KEYS = 4
 
 
@@ -70,7 +70,7 @@ def check_weights(folder: Path, variant: str = "") -> None:
     """Raises UnsupportedModel unless there are safetensors here, and each opens whole."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
+        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in _PICKLES]
         what = f"only pickles ({', '.join(pickles)})" if pickles else "no weights"
         raise UnsupportedModel(
             f"{folder} has {what}; only safetensors are loaded, as a pickle can run code. Convert "

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from kubediffusion import artifacts
 from kubediffusion.errors import InvalidInput, UnsupportedModel
 from kubediffusion.models.base import Family
-from kubediffusion.models.loading import PICKLES
 from kubediffusion.node.tasks import Progress
 from kubediffusion.node.weights import Weights, inspect
 from kubediffusion.v1alpha1 import node_pb2
-
-# Of a pruning artifact; named here since shiva_kernels' own names come with all of diffusers.
-ARTIFACT_FILES = ("shiva.json", "shiva.safetensors")
 
 
 class Source(Protocol):
@@ -86,20 +83,10 @@ class Library:
         uri, subfolder = options["pruning_uri"], options.get("pruning_subfolder", "")
         _check_inside(subfolder)
         own = f"{subfolder}/" if subfolder else ""
-        allow = tuple(own + name for name in ARTIFACT_FILES)
+        allow = (own + artifacts.MANIFEST, own + artifacts.WEIGHTS)
         source = self._open(uri, options.get("pruning_revision", ""), allow=allow)
         folder = source.path / subfolder if subfolder else source.path
-        missing = [name for name in ARTIFACT_FILES if not (folder / name).is_file()]
-        if missing:
-            beside = [folder] if folder.is_file() else sorted(folder.glob("*"))
-            pickles = ", ".join(file.name for file in beside if file.suffix in PICKLES)
-            what = f"; {pickles} could run code and is never loaded" if pickles else ""
-            raise UnsupportedModel(
-                f"{uri} is no pruning artifact: it has no {missing[0]}{what}. An artifact is a "
-                f"folder with {' and '.join(ARTIFACT_FILES)}, as the trainer exports it",
-                field="pruning.artifact",
-                reason="NotSafetensors" if pickles else "WrongArchitecture",
-            )
+        artifacts.check_files(folder, uri)
         return folder
 
     def fetch_lora(self, lora: node_pb2.LoraUse) -> Path:
