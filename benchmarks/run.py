@@ -24,6 +24,7 @@ from benchmarks.common import RESULTS, Row, machine, read_csv, write_csv
 SUITES = {
     "exact": "benchmarks.exact:run",
     "tensors": "benchmarks.tensors:run",
+    "pruning": "benchmarks.pruning:run",
     "overhead": "benchmarks.overhead:run",
     "latency": "benchmarks.side_by_side:run_latency",
     "fastapi": "benchmarks.side_by_side:run_fastapi",

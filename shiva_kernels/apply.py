@@ -188,8 +188,9 @@ class ShivaHandle:
         self._check_call(arguments)
         first = scope.requests[0]
         rows = self.backbone.pooled(arguments).shape[0]
-        guidance = first.guidance or self._guidance(rows)
-        follows = self.backbone.is_follower(arguments) or branch == "uncond"
+        later = self.backbone.is_follower(arguments)
+        guidance = first.guidance or (Guidance.SEQUENTIAL if later else self._guidance(rows))
+        follows = later or branch == "uncond"
         if implicit and (follows or guidance is Guidance.SEQUENTIAL):
             raise Unsupported(
                 "this pipeline calls the transformer several times a step, and all calls must keep "

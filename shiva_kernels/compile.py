@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -27,6 +27,7 @@ from shiva_kernels.backbones.base import metadata_of, named
 from shiva_kernels.errors import Unsupported
 from shiva_kernels.state import TrainingPlan
 
+Backend: TypeAlias = Callable[[Any, Any], Callable[..., Any]]
 _VERSIONED = ("torch", "triton", "diffusers")
 
 
@@ -40,8 +41,9 @@ class Shapes(StrEnum):
 class CompiledBlocks:
     """The compiled blocks of a handle: how many graphs there are, and what they took."""
 
-    def __init__(self, handle: ShivaHandle, shapes: Shapes) -> None:
+    def __init__(self, handle: ShivaHandle, shapes: Shapes, backend: Backend | None = None) -> None:
         self.handle, self.shapes = handle, shapes
+        self._inner = backend or _inductor
         self.graphs = 0
         self.seconds = 0.0
         kinds: dict[type, Callable[..., Any]] = {}
@@ -76,8 +78,10 @@ class CompiledBlocks:
         (what diffusers' pipelines run under), and neither serves the other.
         """
         transformer = self.handle.transformer
-        with torch.device(transformer.device), torch.inference_mode(inference_mode):
-            example = self.handle.backbone.example(transformer, rows, size, text)
+        with torch.inference_mode(inference_mode):
+            # The calls lie outside the device's context, which is a guard of every graph.
+            with torch.device(transformer.device):
+                example = self.handle.backbone.example(transformer, rows, size, text)
             example = {k: _as(v, transformer.dtype) for k, v in example.items()}
             tokens = self._tokens(example)
             wanted = ks if self.shapes is Shapes.PER_K else (max(tokens // 2, 2),)
@@ -100,7 +104,8 @@ class CompiledBlocks:
         dynamic = self.shapes is Shapes.DYNAMIC
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            arguments = named(block, args, kwargs)
+            # Slices and transposes would each make a graph of their own.
+            arguments = {k: _contiguous(v) for k, v in named(block, args, kwargs).items()}
             if dynamic:
                 for tensor, axis in backbone.token_axes(arguments, name):
                     torch._dynamo.maybe_mark_dynamic(tensor, axis)
@@ -109,32 +114,38 @@ class CompiledBlocks:
         return call
 
     def _backend(self, graph: Any, example_inputs: Any) -> Any:
-        from torch._inductor.compile_fx import compile_fx
-
         start = time.perf_counter()
         try:
-            return compile_fx(graph, example_inputs)
+            return self._inner(graph, example_inputs)
         finally:
             self.graphs += 1
             self.seconds += time.perf_counter() - start
 
 
 def compile_blocks(
-    handle: ShivaHandle, shapes: Shapes = Shapes.DYNAMIC, expected_graphs: int = 64
+    handle: ShivaHandle,
+    shapes: Shapes = Shapes.DYNAMIC,
+    expected_graphs: int = 64,
+    backend: Backend | None = None,
 ) -> CompiledBlocks:
     """Compiles the blocks of `handle` at their next calls; `warm_up` does it at once.
 
-    Raises torch's own error past `expected_graphs` recompilations of one kind of block, instead of
-    falling back to eager code; torch's limit is a global setting, and is raised to this where lower.
+    Raises torch's own error past `expected_graphs` recompilations of one class of blocks, instead
+    of falling back to eager code; torch's limit is a global setting, and is raised to this where
+    lower. `backend` takes inductor's place: (graph, example inputs) -> callable.
     """
     for block in handle.blocks:
         if getattr(block, "_compiled_call_impl", None) is not None:
-            raise Unsupported(
-                "the blocks are compiled already, hooks and all; load them uncompiled"
-            )
+            raise Unsupported("the blocks are compiled already, with their hooks; load them anew")
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, expected_graphs)
-    return CompiledBlocks(handle, shapes)
+    return CompiledBlocks(handle, shapes, backend)
+
+
+def _inductor(graph: Any, example_inputs: Any) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, example_inputs)  # type: ignore[return-value]
 
 
 def cache_key(identity: str, device: torch.device) -> str:
@@ -169,6 +180,13 @@ def use_cache(root: Path, identity: str, device: torch.device) -> Path:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     return folder
+
+
+def _contiguous(value: Any) -> Any:
+    """Through a flat view: a batch of one is contiguous with any stride, and guards look at it."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.contiguous().view(-1).view(value.shape)
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:

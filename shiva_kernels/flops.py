@@ -137,10 +137,8 @@ def cost_model(transformer: Any, rows: int, size: tuple[int, int], text: int) ->
                     copy(**arguments)
         counts = counter.get_flop_counts()
         whole = _split(copy, type(copy).__name__, counts, counts["Global"])
-        return whole, [
-            _split(block, f"{type(copy).__name__}.{name}", counts)
-            for name, block in blocks_of(copy)
-        ]
+        prefix = f"{type(copy).__name__}."
+        return whole, [_split(block, prefix + name, counts) for name, block in blocks_of(copy)]
 
     whole, dense = counted(None)
     tokens = seen[0]

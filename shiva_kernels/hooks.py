@@ -7,7 +7,8 @@ Where no mode is set, each of them calls the forward that it found and nothing e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,16 @@ def _mode_of(handle: ShivaHandle) -> Mode | None:
     return running[1] if running is not None and running[0] is handle else None
 
 
+@contextmanager
+def running(handle: ShivaHandle, mode: Mode) -> Iterator[None]:
+    """Blocks of the handle's transformer run in `mode` within."""
+    token = _RUNNING.set((handle, mode))
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
 class RootHook(ModelHook):
     """Sets the mode for the time of one call."""
 
@@ -49,11 +60,8 @@ class RootHook(ModelHook):
         mode = self._handle.mode_of_call(named(module, args, kwargs), self._branch())
         if mode is None:
             return forward(*args, **kwargs)
-        token = _RUNNING.set((self._handle, mode))
-        try:
+        with running(self._handle, mode):
             return forward(*args, **kwargs)
-        finally:
-            _RUNNING.reset(token)
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         self._context.reset()

@@ -156,8 +156,9 @@ class Trained:
 
     def _pruned(self, block: BlockCall, k: int) -> Any:
         plan, x = self.plan, block.x
-        conditions = conditions_of(self.time, self.pooled)
-        # The router does not train the backbone: its input is cut off.
+        # The router does not train the backbone: what it sees is cut off.
+        seen = conditions_of(self.time, self.pooled)
+        conditions = Conditions(seen.time.detach(), seen.pooled.detach())
         scores = standardise(self.scorer(block.index, x.detach(), conditions))
         noisy = scores
         if plan.noise:

@@ -53,6 +53,10 @@ class Backbone(ABC):
     def sigmas(self, arguments: Arguments) -> torch.Tensor:
         """Noise levels in [0, 1], of any shape."""
 
+    def token_axes(self, arguments: Arguments, name: str) -> list[tuple[torch.Tensor, int]]:
+        """Which axes of a block's arguments follow the number of its image tokens."""
+        return [(arguments[name], 1)]
+
     @abstractmethod
     def example(self, transformer: Any, rows: int, size: tuple[int, int], text: int) -> Arguments:
         """Inputs of `rows` rows, for warming up and counting: zeros on the current device.

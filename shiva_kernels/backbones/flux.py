@@ -55,6 +55,10 @@ class Flux(Backbone):
         if (arguments.get("joint_attention_kwargs") or {}).get("attention_mask") is not None:
             raise Unsupported("an attention mask over all tokens does not fit pruned blocks")
 
+    def token_axes(self, arguments: Arguments, name: str) -> list[tuple[torch.Tensor, int]]:
+        rotary = arguments.get("image_rotary_emb") or ()
+        return [*super().token_axes(arguments, name), *((table, 0) for table in rotary)]
+
     def run(
         self, forward: Callable[..., Any], arguments: Arguments, name: str, index: torch.Tensor
     ) -> Any:

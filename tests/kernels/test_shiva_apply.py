@@ -223,6 +223,21 @@ def test_a_third_call_for_skip_layer_guidance_follows_the_pair() -> None:
         call(transformer, {**third, "skip_layers": [2]})
 
 
+def test_a_third_call_follows_the_pair_of_a_followed_pipeline() -> None:
+    class Pipeline:
+        do_classifier_free_guidance = True
+
+    maps: list[KeepMap] = []
+    transformer, handle = pruned("sd3", guidance=None, pipeline=Pipeline(), on_keep=maps.append)
+    third = {k: v[1:] if isinstance(v, torch.Tensor) else v for k, v in inputs("sd3", 2).items()}
+    with handle.request().steps():
+        call(transformer, inputs("sd3", 2))
+        call(transformer, {**third, "skip_layers": [2]})
+    first = {m.block: m.index for m in maps[:4]}
+    assert all(torch.equal(first[m.block], m.index) for m in maps[4:])
+    assert len(maps) == 7
+
+
 def test_a_pipelines_second_call_without_a_request_is_refused() -> None:
     transformer, handle = pruned("flux")
     with (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_backbones import PAIR, SIGMAS, TOKENS, artifact_of, call, inputs, make
 
-from shiva_kernels import ShivaConfig, ShivaHandle, Unsupported, apply_shiva
+from shiva_kernels import Guidance, ShivaConfig, ShivaHandle, Unsupported, apply_shiva
 from shiva_kernels.compile import Shapes, cache_key, compile_blocks, use_cache
 
 
@@ -29,30 +29,44 @@ def pruned(name: str = "sd3") -> tuple[Any, ShivaHandle]:
     return transformer, handle
 
 
+def uncompiled(graph: Any, example_inputs: Any) -> Any:
+    """A backend that costs nothing: what counts here is Dynamo's graphs."""
+    return graph
+
+
 def test_blocks_of_a_kind_share_one_graph_over_all_steps_and_budgets() -> None:
     """SD3: blocks 0 to 3 are one kind, the last, which drops its text, is another."""
     transformer, handle = pruned()
     eager = {s: call(transformer, inputs("sd3", 2, s)) for s in SIGMAS}
-    compiled = compile_blocks(handle)
+    compiled = compile_blocks(handle, backend=uncompiled)
     ks = set()
     for sigma in SIGMAS:
         out = call(transformer, inputs("sd3", 2, sigma))
-        assert torch.allclose(out, eager[sigma], atol=1e-3, rtol=1e-3)
+        assert torch.allclose(out, eager[sigma], atol=1e-4)
         ks |= set(handle.table(0.6, SIGMAS, TOKENS).row(sigma))
     with handle.request(0.4).step(0.5):
         call(transformer, inputs("sd3", 2))
     assert len(ks) > 8
     assert compiled.graphs == 2
-    assert compiled.seconds > 0
     compiled.remove()
     assert torch.equal(call(transformer, inputs("sd3", 2)), eager[0.5])
 
 
+@pytest.mark.parametrize(("name", "kinds"), [("sd35", 3), ("flux", 2), ("pixart", 1)])
+def test_the_other_backbones_have_a_graph_for_each_kind(name: str, kinds: int) -> None:
+    transformer, handle = pruned(name)
+    compiled = compile_blocks(handle, backend=uncompiled)
+    for sigma in (1.0, 0.5, 0.25):
+        with handle.request(guidance=Guidance.SEQUENTIAL).step(sigma):
+            call(transformer, inputs(name, 1, sigma))
+    assert compiled.graphs == kinds
+
+
 def test_warming_up_compiles_all_that_a_request_needs() -> None:
     transformer, handle = pruned()
-    compiled = compile_blocks(handle)
+    compiled = compile_blocks(handle, backend=uncompiled)
     assert compiled.warm_up(2, (16, 16), 5, inference_mode=False) == 2
-    for budget in (0.8, 0.6, 0.4):
+    for budget in (0.8, 0.6, 0.4, None):
         with handle.request(budget).step(0.5):
             call(transformer, inputs("sd3", 2))
     assert compiled.graphs == 2
@@ -61,11 +75,19 @@ def test_warming_up_compiles_all_that_a_request_needs() -> None:
 def test_a_graph_for_each_k_is_never_silently_eager() -> None:
     transformer, handle = pruned()
     with torch._dynamo.config.patch(recompile_limit=2):
-        compiled = compile_blocks(handle, Shapes.PER_K, expected_graphs=2)
+        compiled = compile_blocks(handle, Shapes.PER_K, expected_graphs=2, backend=uncompiled)
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-            for sigma in SIGMAS:
-                call(transformer, inputs("sd3", 2, sigma))
-    assert compiled.graphs >= 2
+            [call(transformer, inputs("sd3", 2, sigma)) for sigma in SIGMAS]
+    assert compiled.graphs == 2
+
+
+@pytest.mark.slow
+def test_inductor_computes_the_same(tmp_path: Path) -> None:
+    transformer, handle = pruned()
+    eager = call(transformer, inputs("sd3", 2))
+    compiled = compile_blocks(handle)
+    assert torch.allclose(call(transformer, inputs("sd3", 2)), eager, atol=1e-3, rtol=1e-3)
+    assert compiled.seconds > 0
 
 
 def test_the_cache_is_named_by_what_its_code_depends_on(tmp_path: Path) -> None:
