@@ -33,11 +33,10 @@ from shiva_kernels.errors import ArtifactMismatch, ShivaError, Unsupported
 from shiva_kernels.state import PruningRequest
 
 FIELD = "budget"
-# Of a guided request, of two that share a forward (from which torch generalises to more), and of
-# an unguided one.
-_WARM_ROWS = (2, 4, 1)
-# Text tokens meanwhile; graphs are for any number of them.
-_WARM_TEXT = 77 + 256
+# (rows, text tokens) of the calls that compile: a guided request's, two such, an unguided one's.
+# What differs between the first two torch leaves open from then on: any number of either. One row
+# is always a graph of its own.
+_WARM_UP = ((2, 77 + 256), (4, 77 + 128), (1, 77 + 128))
 
 log = logging.getLogger(__name__)
 
@@ -164,15 +163,15 @@ def _applied(module: Any, artifact: Artifact | None) -> ShivaHandle:
 
 
 def _compiled(spec: LoadSpec, handle: ShivaHandle) -> CompiledBlocks:
-    """Compiled and called once for each shape of batch, so that no request waits for a compiler."""
+    """Compiled and called for each kind of batch, so that no request waits for a compiler."""
     config = handle.transformer.config
     try:
         if spec.compile_cache is not None:
             use_cache(spec.compile_cache, spec.identity, handle.transformer.device)
         compiled = compile_blocks(handle)
         size = (config.sample_size, config.sample_size)
-        for rows in _WARM_ROWS:
-            compiled.warm_up(rows, size, _WARM_TEXT)
+        for rows, text in _WARM_UP:
+            compiled.warm_up(rows, size, text)
     except Unsupported as error:
         raise UnsupportedModel(str(error), field="compile") from error
     log.info("compiled %d graphs in %.1f s", compiled.graphs, compiled.seconds)
