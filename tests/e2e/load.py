@@ -33,10 +33,11 @@ class Shot:
 
 
 class Load:
-    """Open-loop load by the official client, in a thread: `rate` requests a second.
+    """Load by the official client, in a thread: `rate` requests a second, an open loop.
 
-    Leaving the block stops asking, and waits for all answers. `retries`: the client's own, with
-    all of a request under one idempotency key.
+    With `most` that many wait at most, so that a slow machine gets no backlog. Leaving the block
+    stops asking, and waits for all answers. `retries`: the client's own, with all of a request
+    under one idempotency key.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Load:
         workflow: str,
         rate: float,
         *,
+        most: int = 1_000,
         retries: int = 0,
         patience: float = 300.0,
         **fields: Any,
@@ -53,7 +55,7 @@ class Load:
         self.shots: list[Shot] = []
         self.sent = 0
         self._url, self._workflow, self._fields = url, workflow, fields
-        self._retries, self._patience = retries, patience
+        self._most, self._retries, self._patience = most, retries, patience
         self._stopping = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
@@ -111,8 +113,11 @@ class Load:
             max_retries=self._retries,
         ) as client:
             while not self._stopping:
-                shooting.add(asyncio.create_task(self._shoot(client, self.sent % SEEDS)))
-                self.sent += 1
+                if len(shooting) < self._most:
+                    shot = asyncio.create_task(self._shoot(client, self.sent % SEEDS))
+                    shooting.add(shot)
+                    shot.add_done_callback(shooting.discard)
+                    self.sent += 1
                 await asyncio.sleep(1 / self.rate)
             await asyncio.gather(*shooting)
 

@@ -38,7 +38,7 @@ def models(release: Release) -> dict[str, str]:
 @pytest.fixture
 def load(release: Release, models: dict[str, str]) -> Iterator[Load]:
     """A client that never asks twice. Long requests: there is always one under way."""
-    with Load(release.url, "tiny-sd3", rate=0.7, steps=28) as load:
+    with Load(release.url, "tiny-sd3", rate=0.7, most=4, steps=28) as load:
         load.wait_done(4)
         yield load
     assert not load.failures

@@ -23,7 +23,7 @@ AFTER = {"transformer": {"drainSeconds": 15, "dtype": "bfloat16"}}
 @pytest.fixture
 def load(release: Release) -> Iterator[Load]:
     release.serve(tiny("tiny-sd3", BEFORE))
-    with Load(release.url, "tiny-sd3", rate=0.7, steps=20) as load:
+    with Load(release.url, "tiny-sd3", rate=0.7, most=4, steps=20) as load:
         load.wait_done(SEEDS + 1)
         yield load
     assert not load.failures
@@ -35,7 +35,7 @@ def pictures(release: Release) -> dict[int, set[str]]:
 
 
 def test_the_old_revision_serves_until_the_new_one_is_ready_and_rollback_brings_it_back(
-    cluster: Cluster, release: Release, figures: Figures, load: Load
+    release: Release, figures: Figures, load: Load
 ) -> None:
     before = pictures(release)
     old = release.models("tiny-sd3")["transformer"]
@@ -60,17 +60,23 @@ def test_the_old_revision_serves_until_the_new_one_is_ready_and_rollback_brings_
     assert seen == {seed: before[seed] | after[seed] for seed in seen}
 
 
+@pytest.fixture
+def one_gpu(cluster: Cluster) -> Iterator[None]:
+    cluster.set_gpus("node1", 1)
+    yield
+    cluster.set_gpus("node1", 0)
+
+
 def test_the_old_one_goes_first_where_there_is_one_accelerator(
-    cluster: Cluster, release: Release
+    release: Release, one_gpu: None
 ) -> None:
     """A second transformer could not even be scheduled; requests wait for the new one."""
-    cluster.set_gpus("node1", 1)
     gpu = {"resources": {"limits": {"nvidia.com/gpu": "1"}}}
     before = {"transformer": {**BEFORE["transformer"], **gpu, "tiling": False}}
     after = {"transformer": {**AFTER["transformer"], **gpu}}
     release.serve(tiny("tiny-sd3", before, strategy="Replace"))
     old = release.models("tiny-sd3")["transformer"]
-    with Load(release.url, "tiny-sd3", rate=0.7, steps=20) as load:
+    with Load(release.url, "tiny-sd3", rate=0.7, most=4, steps=20) as load:
         load.wait_done(2)
         release.serve(tiny("tiny-sd3", after, strategy="Replace"))
         load.wait_done(load.waiting + 1)

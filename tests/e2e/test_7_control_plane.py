@@ -21,7 +21,7 @@ OTHER = {"transformer": {"drainSeconds": 20}}
 def load(release: Release) -> Iterator[Load]:
     """A client that asks again, with the same idempotency key, where it lost its gateway."""
     release.serve(tiny("tiny-sd3", DRAIN))
-    with Load(release.url, "tiny-sd3", rate=0.7, steps=20, retries=3) as load:
+    with Load(release.url, "tiny-sd3", rate=0.7, most=4, steps=20, retries=3) as load:
         load.wait_done(2)
         yield load
     assert not load.failures

@@ -18,7 +18,7 @@ OTHER_VALUES = {
 
 def test_an_upgrade_to_other_values_loses_no_request(release: Release, figures: Figures) -> None:
     release.serve(tiny("tiny-sd3"))
-    with Load(release.url, "tiny-sd3", rate=0.7, steps=20, retries=3) as load:
+    with Load(release.url, "tiny-sd3", rate=0.7, most=4, steps=20, retries=3) as load:
         load.wait_done(2)
         release.upgrade(OTHER_VALUES)
         assert len(release.pods("gateway")) >= 3

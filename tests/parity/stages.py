@@ -8,9 +8,11 @@ import io
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+import yaml
 from PIL import Image
 
 from benchmarks.reference import Case, Setup, inputs, workflow
@@ -21,10 +23,12 @@ from kubediffusion.node import ports
 
 
 class InProcess:
-    """The pipeline of `setup`, loaded as a node would load it."""
+    """The pipeline of `setup`, loaded as a node would load it; `dtypes` by role, where others."""
 
-    def __init__(self, setup: Setup) -> None:
-        definition = api.load_workflow(workflow(setup, "parity"))
+    def __init__(self, setup: Setup, dtypes: Mapping[str, str] = MappingProxyType({})) -> None:
+        text = yaml.safe_load(workflow(setup, "parity"))
+        text["spec"]["models"] = {role: {"dtype": dtype} for role, dtype in dtypes.items()}
+        definition = api.load_workflow(yaml.safe_dump(text))
         source = definition.spec.pipeline.source
         self.resolved = language.resolve(definition, sources.read_index(source.uri))
         self.models: dict[str, Model] = {

@@ -76,7 +76,8 @@ class Autoencoder:
         if not isinstance(latents, torch.Tensor):
             raise InvalidInput("stage 'decode' takes a tensor", field="latents")
         config = self._module.config
-        latents = latents.to(self._module.device)
+        # A denoiser may have another dtype.
+        latents = latents.to(self._module.device, self._module.dtype)
         latents = (latents / config.scaling_factor) + config.shift_factor
         image = self._module.decode(latents, return_dict=False)[0]
         return {"image": np.asarray(self._processor.postprocess(image, output_type="pil")[0])}

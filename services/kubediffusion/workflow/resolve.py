@@ -222,7 +222,7 @@ class _Resolver:
             subfolder=source.subfolder,
             variant=source.variant,
             class_name=class_name,
-            dtype=override.dtype or pipeline.dtype,
+            dtype=self._dtype(name),
             quantization=override.quantization,
             attention_backend=override.attention_backend,
             compile=override.compile,
@@ -245,6 +245,22 @@ class _Resolver:
             options=_options(arithmetic),
             loras=loras if role.loras else (),
         )
+
+    def _dtype(self, role: str) -> str:
+        """Its own or the pipeline's; a ControlNet's is its denoiser's, whose steps it is in."""
+
+        def of(name: str) -> str:
+            given = self._spec.models.get(name)
+            return (given.dtype if given else None) or self._spec.pipeline.dtype
+
+        if not role.startswith("controlnet."):
+            return of(role)
+        [denoiser] = (n for n, stages in self._family.stages.items() if "denoise" in stages)
+        override = self._spec.models.get(role)
+        if override and override.dtype not in (None, of(denoiser)):
+            message = f"a ControlNet runs in its {denoiser}'s dtype, {of(denoiser)}; leave it out"
+            raise InvalidWorkflow(message, field=f"spec.models.{role}.dtype")
+        return of(denoiser)
 
     # ---- inputs and graph
 

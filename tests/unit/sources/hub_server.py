@@ -74,7 +74,9 @@ class Hub:
 
 @contextmanager
 def served(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
-    """On loopback its storage has another name, so that a redirect leads to another host."""
+    """On loopback its storage has another name, so that a redirect leads to another host, which is
+    what makes it one for huggingface_hub; elsewhere large files are served as small ones are.
+    """
     connections: list[socket] = []
 
     class Handler(_Handler):
@@ -90,9 +92,9 @@ def served(hub: Hub, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
     server.daemon_threads = True
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
-    other = "localhost" if host == "127.0.0.1" else host
     hub.url = f"http://{host}:{server.server_port}"
-    hub.storage = f"http://{other}:{server.server_port}/storage"
+    if host == "127.0.0.1":
+        hub.storage = f"http://localhost:{server.server_port}/storage"
     try:
         yield hub
     finally:
@@ -155,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, code="EntryNotFound")
         data = self.hub.files[name]
         about = {"X-Repo-Commit": self.hub.commits[revision], "ETag": f'"{_etag(name, data)}"'}
-        if not name.endswith(".safetensors"):
+        if not name.endswith(".safetensors") or not self.hub.storage:
             return self._bytes(data, about)
         about["X-Linked-ETag"] = about["ETag"]
         about["X-Linked-Size"] = str(len(data))

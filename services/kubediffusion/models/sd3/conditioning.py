@@ -73,18 +73,21 @@ class Conditioner:
     def _prompt(
         self, inputs: Mapping[str, PortValue], branch: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(1, T, D) and (1, P): CLIPs side by side, padded to T5's width, T5 behind them."""
-        device = self._transformer.device
-        clips = [tensor(inputs, f"{branch}_{i}.embeds").to(device) for i in (1, 2)]
-        pooled = [tensor(inputs, f"{branch}_{i}.pooled").to(device) for i in (1, 2)]
+        """(1, T, D) and (1, P): CLIPs side by side, padded to T5's width, T5 behind them.
+
+        In the transformer's dtype: encoders may have others, each its own.
+        """
+        device, dtype = self._transformer.device, self._transformer.dtype
+        clips = [tensor(inputs, f"{branch}_{i}.embeds").to(device, dtype) for i in (1, 2)]
+        pooled = [tensor(inputs, f"{branch}_{i}.pooled").to(device, dtype) for i in (1, 2)]
         clip = torch.cat(clips, dim=-1)
         port = f"{branch}_3.embeds"
         if port in inputs:
-            t5 = tensor(inputs, port).to(device)
+            t5 = tensor(inputs, port).to(device, dtype)
         else:
             length = int(number(inputs, "max_sequence_length"))
             width = self._transformer.config.joint_attention_dim
-            t5 = torch.zeros((1, length, width), device=device, dtype=clip.dtype)
+            t5 = torch.zeros((1, length, width), device=device, dtype=dtype)
         clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return torch.cat([clip, t5], dim=-2), torch.cat(pooled, dim=-1)
 
@@ -94,7 +97,7 @@ class Conditioner:
         prefix, net = f"control.{name}", model.module
         return Control(
             net,
-            tensor(inputs, f"{prefix}.latents").to(self._transformer.device),
+            tensor(inputs, f"{prefix}.latents").to(self._transformer.device, net.dtype),
             number(inputs, f"{prefix}.scale", 1.0),
             number(inputs, f"{prefix}.start", 0.0),
             number(inputs, f"{prefix}.end", 1.0),

@@ -26,7 +26,7 @@ class Sampling:
     def __init__(self, spec: LoadSpec, transformer: Any) -> None:
         self._scheduler_config = _scheduler_config(spec)
         self._vae_scale_factor = _vae_scale_factor(spec)
-        self._device = transformer.device
+        self._device, self._dtype = transformer.device, transformer.dtype
         self._channels = transformer.config.in_channels
         self._patch_size = transformer.config.patch_size
 
@@ -69,11 +69,11 @@ class Sampling:
         timesteps: torch.Tensor,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        device, dtype = self._device, tensor(inputs, "prompt_1.embeds").dtype
+        device, dtype = self._device, self._dtype
         if "init.latents" not in inputs:
             shape = self._latent_shape(inputs)
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        init = tensor(inputs, "init.latents").to(device)
+        init = tensor(inputs, "init.latents").to(device, dtype)
         noise = randn_tensor(init.shape, generator=generator, device=device, dtype=dtype)
         init = scheduler.scale_noise(init, timesteps[:1].repeat(1), noise)
         return init.to(device=device, dtype=dtype)
