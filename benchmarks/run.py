@@ -25,6 +25,7 @@ SUITES = {
     "exact": "benchmarks.exact:run",
     "tensors": "benchmarks.tensors:run",
     "pruning": "benchmarks.pruning:run",
+    "pruning-start": "benchmarks.pruning_start:run",
     "overhead": "benchmarks.overhead:run",
     "latency": "benchmarks.side_by_side:run_latency",
     "fastapi": "benchmarks.side_by_side:run_fastapi",

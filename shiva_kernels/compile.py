@@ -183,10 +183,22 @@ def use_cache(root: Path, identity: str, device: torch.device) -> Path:
 
 
 def _contiguous(value: Any) -> Any:
-    """Through a flat view: a batch of one is contiguous with any stride, and guards look at it."""
+    """A tensor of its own with the strides of its shape; anything else as it is.
+
+    `Tensor.contiguous` keeps views, and a batch of one with any stride; guards look at both.
+    """
     if not isinstance(value, torch.Tensor):
         return value
-    return value.contiguous().view(-1).view(value.shape)
+    if not value._is_view() and value.stride() == _strides(value.shape):
+        return value
+    return value.clone(memory_format=torch.contiguous_format)
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides))
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:

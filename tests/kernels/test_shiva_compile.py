@@ -52,7 +52,10 @@ def test_blocks_of_a_kind_share_one_graph_over_all_steps_and_budgets() -> None:
     assert torch.equal(call(transformer, inputs("sd3", 2)), eager[0.5])
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("sd35", 3), ("flux", 2), ("pixart", 1)])
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [("flux", 2), pytest.param("sd35", 3, marks=pytest.mark.slow), ("pixart", 1)],
+)
 def test_the_other_backbones_have_a_graph_for_each_kind(name: str, kinds: int) -> None:
     transformer, handle = pruned(name)
     compiled = compile_blocks(handle, backend=uncompiled)
