@@ -35,6 +35,10 @@ class Sd3Denoising:
         self.timesteps = timesteps
         self.latents = latents
         self.generator = generator
+        # Noise levels in [0, 1], as numbers, since reading one off a device waits for it: of
+        # the whole grid, also where the request begins later or was resumed, and of its steps.
+        self.sigmas = _levels(scheduler, scheduler.timesteps)
+        self._own_sigmas = _levels(scheduler, timesteps)
         # How many tokens it keeps, at which step; the denoiser says so.
         self.pruning = LeasePruning(None, 0)
         self._step = step
@@ -55,14 +59,8 @@ class Sd3Denoising:
 
     @property
     def sigma(self) -> float:
-        """The noise level of the next step, in [0, 1]."""
-        return self.timestep.item() / self.scheduler.config.num_train_timesteps
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """Of the request's whole grid, also where it begins later or was resumed."""
-        grid = self.scheduler.timesteps.double() / self.scheduler.config.num_train_timesteps
-        return tuple(grid.tolist())
+        """The noise level of the next step."""
+        return self._own_sigmas[self._step]
 
     def checkpoint(self) -> CheckpointState:
         tensors = {"latents": self.latents.clone(), "generator": state_of(self.generator)}
@@ -87,6 +85,10 @@ class Sd3Denoising:
         )[0]
         self.latents = self.latents.to(dtype)
         self._step += 1
+
+
+def _levels(scheduler: Any, timesteps: torch.Tensor) -> tuple[float, ...]:
+    return tuple((timesteps.double() / scheduler.config.num_train_timesteps).tolist())
 
 
 def resumed(
