@@ -27,7 +27,9 @@ class InProcess:
 
     def __init__(self, setup: Setup, dtypes: Mapping[str, str] = MappingProxyType({})) -> None:
         text = yaml.safe_load(workflow(setup, "parity"))
-        text["spec"]["models"] = {role: {"dtype": dtype} for role, dtype in dtypes.items()}
+        overrides = text["spec"].setdefault("models", {})
+        for role, dtype in dtypes.items():
+            overrides.setdefault(role, {})["dtype"] = dtype
         definition = api.load_workflow(yaml.safe_dump(text))
         source = definition.spec.pipeline.source
         self.resolved = language.resolve(definition, sources.read_index(source.uri))
