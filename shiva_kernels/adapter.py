@@ -38,12 +38,18 @@ class DenseWeights:
     lost: bool = False
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Raises ShivaError where they were not kept."""
+    def restore(self, transformer: torch.nn.Module) -> None:
+        """Raises ShivaError where they were not kept, or where their layers are gone."""
         if self.lost:
             raise ShivaError(
                 "the adapter is merged and the dense weights were not kept "
                 "(keep_dense=False); load the transformer again"
+            )
+        present = set(transformer.modules())
+        if any(layer not in present for layer in self.kept):
+            raise ShivaError(
+                "layers that the adapter was merged into have been replaced since (quantised?), "
+                "and their dense weights with them; load the transformer again"
             )
         for layer, weight in self.kept.items():
             parameter: Any = layer.weight

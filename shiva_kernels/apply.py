@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks.hooks import HookRegistry
@@ -29,6 +29,9 @@ from shiva_kernels.state import (
     TrainingPlan,
 )
 from shiva_kernels.tables import KTable, build_table
+
+if TYPE_CHECKING:
+    from shiva_kernels.flops import CostModel, Flops
 
 _UNSET: Any = object()
 _ALLOWED_ON_ATTENTION = ("layerwise_casting", "peft_autocast_disable", "group_offloading")
@@ -70,6 +73,7 @@ class ShivaHandle:
         self.router = artifact.router
         self._merged = merged
         self._blocks = blocks_of(transformer)
+        self._costs: dict[tuple[int, tuple[int, int], int], CostModel] = {}
         self.block_hooks = [hooks.BlockHook(self, i) for i in range(len(self._blocks))]
         hooks.register(transformer, hooks.RootHook(self), hooks.ROOT_HOOK)
         hooks.register(backbone.time_embedder(transformer), hooks.TimeHook(self), hooks.TIME_HOOK)
@@ -90,7 +94,7 @@ class ShivaHandle:
 
         Raises ShivaError where an adapter was merged and its dense weights were not kept.
         """
-        self._merged.restore()
+        self._merged.restore(self.transformer)
         hooks.unregister(self.transformer, hooks.ROOT_HOOK)
         hooks.unregister(self.backbone.time_embedder(self.transformer), hooks.TIME_HOOK)
         for _, block in self._blocks:
@@ -157,6 +161,26 @@ class ShivaHandle:
         return build_table(
             shipped.curve, shipped.budget, grid, tokens or shipped.tokens, self.artifact.multiple
         )
+
+    def flops(
+        self,
+        budget: float,
+        rows: int,
+        size: tuple[int, int],
+        text: int,
+        sigmas: Sequence[float] | None = None,
+    ) -> tuple[Flops, Flops]:
+        """A mean step under `budget`, and a dense one: what stands beside a budget.
+
+        Of `rows` rows, latents of `size` (height, width), `text` text tokens. Counted on the meta
+        device; the first call for a shape takes seconds.
+        """
+        from shiva_kernels.flops import cost_model
+
+        if (rows, size, text) not in self._costs:
+            self._costs[rows, size, text] = cost_model(self.transformer, rows, size, text)
+        cost = self._costs[rows, size, text]
+        return cost.of_table(self.table(budget, sigmas, cost.tokens)), cost.dense
 
     # ---------------------------------------------------------------- one call
 

@@ -90,6 +90,16 @@ def test_a_server_need_not_keep_the_dense_weights() -> None:
     assert torch.equal(call(transformer, inputs("sd3", 2)), before)
 
 
+def test_layers_replaced_since_cannot_be_made_dense_again() -> None:
+    """As quantisation replaces them."""
+    artifact, _ = with_adapter()
+    transformer = make("sd3")
+    handle = apply_shiva(transformer, ShivaConfig(artifact, 0.6, guidance=PAIR))
+    transformer.transformer_blocks[1].attn.to_q = torch.nn.Linear(32, 32)
+    with pytest.raises(ShivaError, match="have been replaced"):
+        handle.remove()
+
+
 def test_a_users_lora_goes_on_top_and_comes_off_again() -> None:
     artifact, _ = with_adapter()
     transformer = make("sd3")

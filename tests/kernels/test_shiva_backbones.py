@@ -12,7 +12,6 @@ import torch
 from tiny_backbones import PAIR, TEXT, TOKENS, artifact_of, call, inputs, make
 
 from shiva_kernels import Conditions, Guidance, ShivaConfig, TrainingPlan, apply_shiva
-from shiva_kernels.flops import cost_model
 
 K = 20
 
@@ -178,33 +177,3 @@ def test_pixart_leaves_padding_out_of_its_pooled_text() -> None:
     with handle.request(guidance=Guidance.NONE, scorer=watch).step(0.5):
         call(transformer, arguments)
     assert torch.allclose(seen[0].pooled, arguments["encoder_hidden_states"][:, :2].mean(dim=1))
-
-
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart"])
-def test_costs_are_quadratic_in_k_and_fall_with_it(name: str) -> None:
-    transformer = make(name)
-    size = (16, 16)
-    model = cost_model(transformer, 1, size, TEXT)
-    assert model.tokens == TOKENS
-    costs = [model.uniform(r).true for r in (0.25, 0.5, 0.75)]
-    assert costs == sorted(costs)
-    assert costs[-1] < model.dense.true
-    # A fourth point lies on the curve that three points gave.
-    half = model.blocks[1].of(TOKENS / 2)
-    ends = [model.blocks[1].of(TOKENS * r).attention for r in (0.25, 0.75)]
-    assert half.attention < sum(ends) / 2
-    assert model.implied_ratio(costs[1], lambda f: f.true) == pytest.approx(0.5, abs=1e-6)
-
-
-def test_a_blocks_cost_by_hand() -> None:
-    """SD3: 24 D^2 for each image and text token, 4 D for each pair of tokens, and AdaLN."""
-    model = cost_model(make("sd3"), 1, (16, 16), TEXT)
-    dim = 32
-    modulation = 2 * 2 * dim * 6 * dim
-    dense = model.blocks[1].dense
-    assert dense.linear == 24 * dim**2 * (TOKENS + TEXT) + modulation
-    assert dense.attention == 4 * dim * (TOKENS + TEXT) ** 2
-    router = 2 * TOKENS * 64 * (dim + 1) + 2 * 64 * (dim + 24 + 64)
-    pruned = model.blocks[1].of(K)
-    assert pruned.linear == pytest.approx(24 * dim**2 * (K + TEXT) + modulation + router, rel=1e-6)
-    assert pruned.attention == pytest.approx(4 * dim * (K + TEXT) ** 2, rel=1e-6)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_backbones import PAIR, SIGMAS, TOKENS, artifact_of, call, inputs, make
+from tiny_backbones import SIGMAS, TOKENS, call, inputs, pruned
 
-from shiva_kernels import Guidance, ShivaConfig, ShivaHandle, Unsupported, apply_shiva
+from shiva_kernels import Guidance, Unsupported
 from shiva_kernels.compile import Shapes, cache_key, compile_blocks, use_cache
 
 
@@ -21,12 +21,6 @@ def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     with torch._dynamo.config.patch(recompile_limit=8):
         yield
     torch._dynamo.reset()
-
-
-def pruned(name: str = "sd3") -> tuple[Any, ShivaHandle]:
-    transformer = make(name)
-    handle = apply_shiva(transformer, ShivaConfig(artifact_of(transformer), 0.6, guidance=PAIR))
-    return transformer, handle
 
 
 def uncompiled(graph: Any, example_inputs: Any) -> Any:

@@ -11,7 +11,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
-from shiva_kernels import Artifact, Guidance
+from shiva_kernels import Artifact, Guidance, ShivaConfig, ShivaHandle, apply_shiva
 from shiva_kernels.artifact import ShippedTable
 from shiva_kernels.tables import RatioCurve
 
@@ -132,3 +132,13 @@ def call(transformer: Any, arguments: dict[str, Any]) -> torch.Tensor:
 
 
 PAIR = Guidance.PAIR
+GUIDANCE = {"sd3": PAIR, "sd35": PAIR, "flux": Guidance.NONE, "pixart": PAIR}
+
+
+def pruned(name: str = "sd3", budget: float | None = 0.6, **config: Any) -> tuple[Any, ShivaHandle]:
+    """A transformer with pruning applied; `config` are further fields of ShivaConfig."""
+    transformer = make(name)
+    options = {"guidance": GUIDANCE[name], **config}
+    return transformer, apply_shiva(
+        transformer, ShivaConfig(artifact_of(transformer), budget, **options)
+    )
