@@ -154,3 +154,17 @@ imagePullSecrets:
 {{- $number := . | trimSuffix "Mi" | trimSuffix "Gi" | int }}
 {{- if hasSuffix "Gi" . }}{{ mul $number 1024 }}{{ else }}{{ $number }}{{ end }}
 {{- end }}
+
+{{/* "true" where a client that was given an image's URL finds the gateway that keeps it. */}}
+{{- define "kubediffusion.imageUrls" -}}
+{{- $gateway := .Values.gateway -}}
+{{- if kindIs "bool" $gateway.imageUrls -}}
+{{- $gateway.imageUrls -}}
+{{- else if eq $gateway.service.sessionAffinity "ClientIP" -}}
+true
+{{- else if $gateway.autoscaling.enabled -}}
+false
+{{- else -}}
+{{- le (int $gateway.replicas) 1 -}}
+{{- end -}}
+{{- end -}}

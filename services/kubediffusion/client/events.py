@@ -83,7 +83,10 @@ class Preview(_Picture):
 
 @dataclass(frozen=True)
 class Image(_Picture):
-    """A finished picture; the same `seed` gives it again."""
+    """A finished picture; the same `seed` gives it again. `warnings` say what was done otherwise
+    than one may think, such as a long prompt of which an encoder reads the beginning."""
+
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,15 @@ def event_of(message: gateway_pb2.GenerateEvent) -> Event | None:
 
 
 def image_of(image: gateway_pb2.Image, request_id: str, index: int) -> Image:
-    return Image(request_id, index, image.png, image.width, image.height, image.seed)
+    return Image(
+        request_id,
+        index,
+        image.png,
+        image.width,
+        image.height,
+        image.seed,
+        tuple(image.warnings),
+    )
 
 
 def _stage_time(stage: gateway_pb2.StageTime) -> StageTime:

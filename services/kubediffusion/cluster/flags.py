@@ -29,6 +29,8 @@ class Options:
     metrics: str | None = "0.0.0.0:9090"
     api_keys_file: Path | None = None
     public_url: str = ""
+    image_urls: bool = True
+    grpc_age: float = 120.0
     job_database: str = "sqlite://"
     hooks: tuple[str, ...] = ()
     max_queue: int = 1024
@@ -40,7 +42,7 @@ class Options:
 
     @property
     def doors(self) -> Doors:
-        return Doors(grpc=self.grpc, http=self.http, metrics=self.metrics)
+        return Doors(self.grpc, self.http, self.metrics, self.grpc_age, self.image_urls)
 
     def api_keys(self) -> frozenset[str] | None:
         """One a line; None where no key is asked for. Raises InvalidInput."""
@@ -84,6 +86,18 @@ def _flags(environ: Mapping[str, str]) -> Flags:
     add("metrics", _door, plain.metrics, 'Prometheus metrics, or "off"')
     add("api-keys-file", Path, None, "ask clients of both APIs for one of these keys, one a line")
     add("public-url", str, "", "where clients reach the HTTP API, for answers by URL")
+    add(
+        "image-urls",
+        boolean,
+        True,
+        "false: refuse answers by URL, as where clients reach several gateways by turns",
+    )
+    add(
+        "grpc-age",
+        at_least(0, float),
+        plain.grpc_age,
+        "seconds until a gRPC client is to connect anew, perhaps to another gateway; 0: never",
+    )
     add("job-database", str, plain.job_database, "an SQLAlchemy URL; in memory without one")
     add("hooks", _words, "", "module:object of each hook, with commas between")
     add("max-queue", at_least(1, int), plain.max_queue, "images that may be under way at once")

@@ -31,7 +31,7 @@ class AttemptOwner(Protocol):
 class TaskStatus(Enum):
     """
     WAITING   some producer is not done
-    HELD      no node can take it now; tried again on each change of the fleet
+    HELD      no node can take it now, if there is one; tried again on each change of the fleet
     BACKOFF   lost more than once; tried again after a while
     ASSIGNED  a node has it
     DONE      its outputs are known
@@ -45,7 +45,7 @@ class TaskStatus(Enum):
 
 
 _STATES = {
-    TaskStatus.HELD: "held",
+    TaskStatus.HELD: "queued",
     TaskStatus.ASSIGNED: "running",
     TaskStatus.BACKOFF: "queued",
 }
@@ -68,21 +68,26 @@ class TaskRun:
     time: gateway_pb2.StageTime | None = None
 
     def states(self, missing: Set[str]) -> Iterator[tuple[str, str, str]]:
-        """(model, stage, state) of what is still to do here: held, queued or running.
+        """(model, stage, state) of what is still to do here.
 
-        A request waits for each model without a node, also for those that it will need later. A
+        held      its model is `missing`: no node serves it
+        queued    a node does, and has not taken it yet
+        running   a node has it
+
+        A request is held for each model without a node, also for those that it will need later. A
         ControlNet counts as the denoiser that it helps, and as held while it has no node itself.
         """
         planned, state = self.planned, _STATES.get(self.status)
         if state is None and self.status is not TaskStatus.WAITING:
             return
-        if state is not None or planned.model in missing:
-            yield planned.model, planned.stage, state or "held"
-        for _, helper in planned.helpers:
-            if helper in missing:
-                yield helper, HELPER_STAGE, "held"
-            elif state is not None and state != "held":
-                yield helper, HELPER_STAGE, state
+        for model, stage in (
+            (planned.model, planned.stage),
+            *((helper, HELPER_STAGE) for _, helper in planned.helpers),
+        ):
+            if state != "running" and model in missing:
+                yield model, stage, "held"
+            elif state is not None:
+                yield model, stage, state
 
 
 class Attempt:
@@ -93,7 +98,6 @@ class Attempt:
         "expected_seconds",
         "node",
         "request_id",
-        "resumed_at",
         "run",
         "since",
         "started",
@@ -118,7 +122,6 @@ class Attempt:
         self.expected_seconds = placement.run_seconds
         self.since = since
         self.started = False
-        self.resumed_at = 0
 
     def handle(self, kind: str, body: Any) -> None:
         if self.task.attempt is self:
@@ -137,6 +140,8 @@ class RunListener(Protocol):
     def stepped(self, run: ImageRun, step: int, total_steps: int) -> None: ...
 
     def previewed(self, run: ImageRun, step: int, image: tensor_pb2.TensorRef) -> None: ...
+
+    def checkpointed(self, run: ImageRun, task: str, checkpoint: node_pb2.Checkpoint) -> None: ...
 
     def resumed(self, run: ImageRun, task: TaskRun, reason: str) -> None: ...
 

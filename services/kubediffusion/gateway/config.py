@@ -51,10 +51,21 @@ class KeptResults:
 
 @dataclass(frozen=True, slots=True)
 class JobLimits:
-    """The job store: `running` at once, `waiting` behind them, and what is kept of ended ones."""
+    """The job store: `running` at once in a gateway, `waiting` behind them in the database, and
+    what is kept of ended ones. Times in seconds."""
 
     running: int = 16
     waiting: int = 1024
+    # Gateways that share a database take over what one of them has not renewed for so long; their
+    # clocks have to agree to within a part of that. Each looks about once a `beat`.
+    lease: float = 30.0
+    beat: float = 2.0
+    # A job that more gateways than these vanished with is not tried again.
+    losses: int = 5
+    # Between two writes of one job's checkpoints.
+    checkpoint_every: float = 2.0
+    # How long Cancel waits for another gateway to end a job.
+    cancel_wait: float = 10.0
     count: int = 10_000
     image_bytes: int = 1024 * 1024 * 1024
     seconds: float = 7 * 24 * 3600.0

@@ -19,6 +19,7 @@ import grpc.aio
 
 from kubediffusion import rpc
 from kubediffusion.gateway.config import NodeLimits
+from kubediffusion.gateway.fullness import PAUSE, Fullness
 from kubediffusion.gateway.outbox import Outbox
 from kubediffusion.gateway.timers import Timers
 from kubediffusion.scheduling.fleet import NodeState
@@ -27,8 +28,6 @@ from kubediffusion.v1alpha1 import node_pb2, node_pb2_grpc
 log = logging.getLogger(__name__)
 
 PROTOCOL = node_pb2.ProtocolRange(min=1, max=1)
-# A node that refused for its full queue is left alone for so long.
-FULL_PAUSE = 0.1
 _COMING = frozenset(
     {
         node_pb2.MODEL_STATE_PENDING,
@@ -60,6 +59,9 @@ class FleetListener(Protocol):
     def changed(self) -> None:
         """Some task that could not be placed may now be."""
 
+    def room(self, connection: NodeConnection) -> None:
+        """A node that was full may take a task."""
+
 
 class NodeConnection:
     def __init__(
@@ -73,8 +75,8 @@ class NodeConnection:
         self.address = address
         self.last_placed = 0
         self.description: node_pb2.DescribeResponse | None = None
-        self.full_until = 0.0
         self.retiring = False
+        self._full = Fullness()
         self._limits = limits
         self._listener = listener
         self._now = now
@@ -158,20 +160,22 @@ class NodeConnection:
             memory_limit=load.memory_limit,
             draining=self._draining or self.retiring,
             suspect=self._now() - self._last_heard > self._limits.suspect,
-            full_until=self.full_until,
+            full_until=self._full.until,
             last_placed=self.last_placed,
             gateways=load.gateways,
         )
 
     # ------------------------------------------------------------ what the coordinator does
 
-    def assign(self, assignment: Assignment, message: node_pb2.Assign, serial: int) -> None:
-        self._assigned[assignment.request_id, assignment.task_name] = assignment
+    def assign(self, assignment: Assignment, message: node_pb2.WorkRequest, serial: int) -> None:
+        key = (assignment.request_id, assignment.task_name)
+        self._assigned[key] = assignment
+        self._full.sent(key)
         self._expected += assignment.expected_seconds
         self._sent += assignment.expected_seconds
         self.last_placed = serial
         self._state = None
-        self._outbox.send(node_pb2.WorkRequest(assign=message))
+        self._outbox.send(message)
 
     def forget(self, assignment: Assignment) -> None:
         """The assignment is over, or no longer of interest: its events are dropped from now on."""
@@ -184,6 +188,9 @@ class NodeConnection:
                 if self.retiring:
                     self._end_soon()
             self._state = None
+            if self._full.known and self._full.withdrawn(key):
+                # Not from within: whoever gives it up is not done with that.
+                self._timers.after("room", 0.0, self._room)
 
     def cancel(self, request_id: str) -> None:
         if self._up:
@@ -201,9 +208,17 @@ class NodeConnection:
             self._ready -= {model}
             self._describe_soon()
         elif reason == node_pb2.DECLINE_REASON_QUEUE_FULL:
-            self.full_until = self._now() + FULL_PAUSE
-            self._timers.after("full", FULL_PAUSE, self._listener.changed)
+            self._full.refused(self._now(), self.load.queued + self.load.running)
+            self._timers.after("full", PAUSE, self._rested)
         self._state = None
+
+    def _rested(self) -> None:
+        self._full.rested()
+        self._room()
+
+    def _room(self) -> None:
+        self._state = None
+        self._listener.room(self)
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name=f"node {self.address}")
@@ -307,7 +322,7 @@ class NodeConnection:
         self._up = True
         self._last_heard = self._now()
         self._draining = False
-        self.full_until = 0.0
+        self._full.clear()
         self._expected = 0.0
         self._outbox.open()
         self._set_description(welcome.node)
@@ -350,6 +365,9 @@ class NodeConnection:
         assignment = self._assigned.get((key.request_id, key.task))
         if assignment is None or assignment.epoch != key.epoch:
             return  # of an attempt that was given up: a late node can do no harm
+        took = self._full.known and kind != "declined"
+        if took and self._full.taken((key.request_id, key.task)):
+            self._room()
         try:
             assignment.handle(kind, body)
         except Exception:
@@ -365,6 +383,8 @@ class NodeConnection:
             self._listener.changed()
         elif self._loading:
             self._describe_soon()
+        if self._full.reported(load.queued + load.running):
+            self._room()
 
     def _set_load(self, load: node_pb2.LoadReport) -> None:
         self.load = load

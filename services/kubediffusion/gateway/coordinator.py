@@ -31,7 +31,10 @@ class ImageRun:
     ) -> None:
         self.plan = plan
         self.closed = False
-        self.tasks = {task.name: TaskRun(task) for task in plan.tasks}
+        self.tasks = {
+            task.name: TaskRun(task, checkpoint=plan.checkpoints.get(task.name))
+            for task in plan.tasks
+        }
         self._fleet = fleet
         self._config = config
         self._listener = listener
@@ -42,6 +45,8 @@ class ImageRun:
         self._touched: dict[NodeConnection, None] = {}
         self._timers = Timers()
         self._waits = False
+        # What the nodes have to say to the caller, in order, each thing once.
+        self.warnings: dict[str, None] = {}
 
     @property
     def attempts_open(self) -> int:
@@ -57,7 +62,11 @@ class ImageRun:
 
     @property
     def is_held(self) -> bool:
-        return self._waits
+        """Whether it waits for a model that no node serves, rather than for its turn at one."""
+        return self._waits and any(
+            task.status is TaskStatus.HELD and self._fleet.missing(task.planned.models)
+            for task in self.tasks.values()
+        )
 
     @property
     def is_running(self) -> bool:
@@ -137,8 +146,6 @@ class ImageRun:
         message = assign_message(
             self.plan, task, self.tasks, placement, self._config.checkpoint_every, self._fleet.now()
         )
-        if message.lease.HasField("resume"):
-            attempt.resumed_at = message.lease.resume.step
         task.status = TaskStatus.ASSIGNED
         task.attempt = attempt
         self._touched[node] = None
@@ -208,6 +215,7 @@ class ImageRun:
         kept = all(tensor.HasField("inline") for tensor in checkpoint.tensors.values())
         if checkpoint.step and kept:
             task.checkpoint = checkpoint
+            self._listener.checkpointed(self, task.planned.name, checkpoint)
 
     def _done(self, attempt: Attempt, body: node_pb2.Done) -> None:
         task, planned = attempt.task, attempt.task.planned
@@ -221,6 +229,7 @@ class ImageRun:
         self._leave(attempt)
         task.status = TaskStatus.DONE
         task.outputs = body.outputs
+        self.warnings.update(dict.fromkeys(body.warnings))
         task.checkpoint = None
         by_ref = any(stored(value) for value in body.outputs.values())
         task.kept_by = (attempt.node.address, attempt.node.incarnation) if by_ref else None

@@ -22,6 +22,7 @@ from kubediffusion import workflow as wf
 from kubediffusion.errors import DeadlineExceeded, NotFound, Overloaded, Unavailable
 from kubediffusion.gateway import planning
 from kubediffusion.gateway.admission import admit, promised_seconds, solo_seconds
+from kubediffusion.gateway.checkpoints import Checkpoints
 from kubediffusion.gateway.config import GatewayConfig
 from kubediffusion.gateway.coordinator import ImageRun
 from kubediffusion.gateway.delivery import Delivery
@@ -103,13 +104,17 @@ class Gateway:
 
     # ------------------------------------------------------------ requests
 
-    def generate(self, request: gateway_pb2.GenerateRequest) -> Events:
+    def generate(
+        self, request: gateway_pb2.GenerateRequest, checkpoints: Checkpoints | None = None
+    ) -> Events:
         """What happens to the request, up to Finished. Closing the iterator cancels it.
+
+        With `checkpoints` it goes on from those that are found there, and keeps its own in them.
 
         Its first event may raise InvalidInput, NotFound, Conflict, Overloaded or Unavailable, and
         any later one DeadlineExceeded, Unavailable or Internal.
         """
-        return Events(lambda: self._join_or_begin(request))
+        return Events(lambda: self._join_or_begin(request, checkpoints))
 
     async def check(self, request: gateway_pb2.GenerateRequest) -> None:
         """Raises what `generate` would raise of a request that is wrong in itself."""
@@ -117,7 +122,9 @@ class Gateway:
         await self._check_contents(order)
         order.check(self._facts(order))
 
-    def _join_or_begin(self, request: gateway_pb2.GenerateRequest) -> Subscriber:
+    def _join_or_begin(
+        self, request: gateway_pb2.GenerateRequest, checkpoints: Checkpoints | None
+    ) -> Subscriber:
         if self._stopping:
             raise Unavailable("the gateway is shutting down; send the request to another one")
         keyed = bool(request.idempotency_key)
@@ -131,6 +138,7 @@ class Gateway:
             keep=keyed,
             now=self._now,
             on_end=self._ended,
+            checkpoints=checkpoints,
         )
         self.flights.add(flight)
         if keyed:
@@ -174,7 +182,7 @@ class Gateway:
         runs = [
             ImageRun(
                 replace(
-                    plan,
+                    flight.resuming(plan),
                     previews=request.previews,
                     deadline=deadline,
                     activation_timeout=slo.activation_timeout_seconds,

@@ -49,10 +49,12 @@ def assign_message(
     placement: Placement,
     checkpoint_every: int,
     now: float,
-) -> node_pb2.Assign:
-    """The task's next attempt, with what its producers gave."""
+) -> node_pb2.WorkRequest:
+    """An `assign`: the task's next attempt, with what its producers gave."""
     planned = task.planned
-    message = node_pb2.Assign()
+    request = node_pb2.WorkRequest()
+    # Filled where it lies: putting it in later would copy the embeddings once more.
+    message = request.assign
     message.CopyFrom(planned.template)
     message.key.epoch = task.epoch
     message.expected_seconds = placement.run_seconds
@@ -70,4 +72,4 @@ def assign_message(
             lease.resume.CopyFrom(task.checkpoint)
         for name, model in planned.helpers:  # on the lease's own node: no address
             lease.helpers.add(kind=node_pb2.Helper.KIND_CONTROLNET, model=model, name=name)
-    return message
+    return request

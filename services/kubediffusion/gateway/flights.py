@@ -13,15 +13,18 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from kubediffusion.errors import Internal, KubeDiffusionError
 from kubediffusion.gateway.attempts import TaskRun
+from kubediffusion.gateway.checkpoints import Checkpoints, plan_digest
 from kubediffusion.gateway.coordinator import ImageRun
 from kubediffusion.gateway.delivery import Delivery
 from kubediffusion.gateway.hooks import ImageContext
 from kubediffusion.gateway.measures import Measures
-from kubediffusion.v1alpha1 import gateway_pb2, tensor_pb2
+from kubediffusion.gateway.plan import ImagePlan
+from kubediffusion.v1alpha1 import gateway_pb2, node_pb2, tensor_pb2
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +130,7 @@ class Flight:
         keep: bool,
         now: Callable[[], float],
         on_end: Callable[[Flight], None],
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.request_id = request_id
         self.request = request
@@ -140,6 +144,8 @@ class Flight:
         self.admitted = 0
         # Stages (model, stage) of a request that waits for models to come up for the first time.
         self.held_stages: list[tuple[str, str]] = []
+        self._checkpoints = checkpoints
+        self._plans: dict[int, bytes] = {}
         self._delivery = delivery
         self._measures = measures
         self._previews = 0
@@ -215,7 +221,7 @@ class Flight:
             await asyncio.wait(list(self._work))
 
     def whereabouts(self) -> list[str]:
-        """Of each image: held (no node can take it), running, or queued."""
+        """Of each image: held (a model has no node), running, or queued (no node took it yet)."""
         if not self.runs:
             return ["held"] * self.admitted
         return [
@@ -239,6 +245,18 @@ class Flight:
     def stepped(self, run: ImageRun, step: int, total_steps: int) -> None:
         stepped = gateway_pb2.Stepped(step=step, total_steps=total_steps)
         self._emit(run.plan.index, dispensable=True, stepped=stepped)
+
+    def resuming(self, plan: ImagePlan) -> ImagePlan:
+        """It, with the checkpoints that an earlier run of the same left behind."""
+        if self._checkpoints is None:
+            return plan
+        digest = self._plans[plan.index] = plan_digest(plan)
+        return replace(plan, checkpoints=self._checkpoints.found(plan.index, digest))
+
+    def checkpointed(self, run: ImageRun, task: str, checkpoint: node_pb2.Checkpoint) -> None:
+        if self._checkpoints is not None:
+            index = run.plan.index
+            self._checkpoints.keep(index, self._plans[index], task, checkpoint)
 
     def resumed(self, run: ImageRun, task: TaskRun, reason: str) -> None:
         self._measures.retried(task, reason)
@@ -299,6 +317,9 @@ class Flight:
 
     def _deliver(self, run: ImageRun, picture: gateway_pb2.Image) -> None:
         run.close()
+        picture.warnings.extend(run.warnings)
+        for warning in run.warnings:
+            log.warning("request %s: %s", self.request_id, warning)
         self.nbytes += len(picture.png)
         self._emit(run.plan.index, image=picture)
         self._images_left -= 1

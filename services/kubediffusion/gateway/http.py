@@ -59,6 +59,7 @@ def build_app(
     *,
     api_keys: frozenset[str] | None = None,
     public_url: str = "",
+    image_urls: bool = True,
     readiness: Readiness | None = None,
     limits: HttpLimits | None = None,
     metrics: GatewayMetrics | None = None,
@@ -68,8 +69,9 @@ def build_app(
     """The ASGI application over `gateway`.
 
     With `api_keys`, callers must bring one. `public_url` is where clients reach this application,
-    for answers by URL; without it the address of each request is taken. Without a `readiness` of
-    its owner's it is ready as soon as there is a workflow.
+    for answers by URL; without it the address of each request is taken. Without `image_urls` such
+    answers are refused: they lie in this process, and clients come to others too. Without a
+    `readiness` of its owner's it is ready as soon as there is a workflow.
     """
     limits = limits or HttpLimits()
     budget = ByteBudget(limits.bodies_bytes)
@@ -94,6 +96,7 @@ def build_app(
         store=store,
         reader=reader,
         public_url=public_url,
+        image_urls=image_urls,
         limits=limits.stream,
     )
     app.include_router(api.router())

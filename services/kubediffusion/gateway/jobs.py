@@ -1,15 +1,21 @@
 # Copyright 2026 The KubeDiffusion Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that outlive their clients: submitted, looked at later, kept for a while."""
+"""Requests that outlive their clients, and the gateways that run them: submitted, looked at later,
+kept for a while.
+
+What is submitted lies in the database, and every gateway that shares it takes what it has room for
+(see `job_store`). Once a beat it renews its leases, hears what is to be cancelled, and takes over
+what a gateway that vanished has left, from its last checkpoint.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
 
 from kubediffusion.errors import (
     Cancelled,
@@ -22,26 +28,25 @@ from kubediffusion.errors import (
     Unavailable,
 )
 from kubediffusion.gateway.config import JobLimits
-from kubediffusion.gateway.job_store import ENDED, JobStore, NewJob
+from kubediffusion.gateway.job_database import GOING, JobDatabase
+from kubediffusion.gateway.job_runs import Generates, JobCheckpoints, JobRun
+from kubediffusion.gateway.job_store import End, NewJob, TakenJob
+from kubediffusion.gateway.job_tables import ENDED
 from kubediffusion.gateway.results import body_digest
 from kubediffusion.v1alpha1 import gateway_pb2
 
-T = TypeVar("T")
-GOING = "the gateway is shutting down; ask another one"
+log = logging.getLogger(__name__)
 MAX_PAGE = 200
 DEFAULT_PAGE = 50
-
-
-class Generates(Protocol):
-    def generate(
-        self, request: gateway_pb2.GenerateRequest
-    ) -> AsyncGenerator[gateway_pb2.GenerateEvent, None]: ...
-
-    async def check(self, request: gateway_pb2.GenerateRequest) -> None: ...
+# Between two looks at a job that another gateway is to cancel, in seconds.
+CANCEL_LOOK = 0.2
+# Beats between two looks for jobs that are too old to keep.
+TIDY_BEATS = 30
 
 
 class Jobs:
-    """Times are wall-clock seconds, because they are shown to people and outlive the process."""
+    """Times are wall-clock seconds, because they are shown to people, outlive the process and are
+    compared by several gateways."""
 
     def __init__(
         self,
@@ -49,63 +54,60 @@ class Jobs:
         database: str,
         limits: JobLimits,
         wall_clock: Callable[[], float] = time.time,
+        draw: Callable[[], float] = random.random,
     ) -> None:
+        """`draw` gives random numbers from 0 up to 1, so that gateways do not beat in step."""
         self._gateway = gateway
-        self._database = database
         self._limits = limits
         self._clock = wall_clock
-        # SQLite wants one thread; other databases do not mind.
-        self._thread = ThreadPoolExecutor(1, "gateway-jobs")
-        self._slots = asyncio.Semaphore(limits.running)
-        self._active: dict[str, asyncio.Task[None]] = {}
-        self._progress: dict[str, tuple[int, int]] = {}
-        self._cancelled: set[str] = set()
-        self._running: set[str] = set()
-        self._ended: dict[int, int] = {}
+        self._draw = draw
+        self._database = JobDatabase(database, limits)
+        self._owner = uuid.uuid4().hex
+        self._active: dict[str, JobRun] = {}
+        self._counts: dict[int, int] = {}
         self._submitting = asyncio.Lock()
-        self._store: JobStore | None = None
+        self._taking = asyncio.Lock()
+        self._beating: asyncio.Task[None] | None = None
+        self._beats = 0
         self._closed = False
 
     async def start(self) -> None:
-        """Opens the database and runs again what an earlier gateway left and may be run again."""
-        loop = asyncio.get_running_loop()
-        self._store = await loop.run_in_executor(
-            self._thread, JobStore, self._database, self._limits
-        )
-        for job in await self._do(lambda store: store.interrupted()):
-            self._begin(job)
-        self._ended = await self._do(lambda store: store.ended())
+        """Opens the database and takes what earlier gateways left in it."""
+        await self._database.open()
+        await self._take()
+        self._beating = asyncio.create_task(self._beat_on(), name="jobs")
 
     def close(self) -> None:
-        """Takes no job and begins none: those that wait are left to the next gateway."""
+        """Takes no job: those that wait are left to other gateways."""
         self._closed = True
-        for job_id, task in self._active.items():
-            if job_id not in self._running:
-                task.cancel()
 
     async def stop(self) -> None:
-        """Ends what runs; with a database that stays, jobs with a key go on at the next start."""
-        tasks = list(self._active.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if self._store is not None:
-            await self._do(lambda store: store.close())
-            self._store = None
-        self._thread.shutdown()
+        """Ends what runs; with a database that stays, it goes on in another gateway. Safe to call
+        again."""
+        self.close()
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.gather(self._beating, return_exceptions=True)
+            self._beating = None
+        async with self._taking:
+            runs = list(self._active.values())
+        for run in runs:
+            run.abandon()
+        await asyncio.gather(*(run.task for run in runs if run.task), return_exceptions=True)
+        try:
+            if self._database.is_open:
+                await self._database.do(lambda store: store.give_back(self._owner))
+        except KubeDiffusionError as error:
+            log.warning("jobs were not handed over, and wait for their leases to lapse: %s", error)
+        await self._database.close()
 
     @property
     def active(self) -> int:
         return len(self._active)
 
     def counts(self) -> dict[int, int]:
-        """Jobs in the store by state."""
-        running = len(self._running)
-        return {
-            **self._ended,
-            gateway_pb2.JOB_STATE_RUNNING: running,
-            gateway_pb2.JOB_STATE_QUEUED: len(self._active) - running,
-        }
+        """Jobs by state: those that run here, and of the others all in the database."""
+        return {**self._counts, gateway_pb2.JOB_STATE_RUNNING: len(self._active)}
 
     # ------------------------------------------------------------ what clients ask
 
@@ -118,24 +120,37 @@ class Jobs:
             found = await self._find(request)
             if found is not None:
                 return found
-            if len(self._active) >= self._limits.running + self._limits.waiting:
-                raise Overloaded(
-                    f"{len(self._active)} jobs wait or run already; submit it again later",
-                    retry_after=5.0,
-                    reason="QueueFull",
-                )
+            await self._check_room()
             kept = gateway_pb2.GenerateRequest()
             kept.CopyFrom(request)
             job = NewJob(f"job-{uuid.uuid4().hex}", kept, body_digest(request), self._clock())
-            await self._do(lambda store: store.add(job))
-            self._begin(job)
+            if not await self._database.do(lambda store: store.add(job)):
+                # Another gateway was handed this key at the same time.
+                found = await self._find(request)
+                if found is None:
+                    raise Unavailable("the job of this key has just failed; submit it again")
+                return found
+            await self._take()
         return await self.get(job.id)
+
+    async def _check_room(self) -> None:
+        """Raises Overloaded."""
+        if len(self._active) < self._limits.running:
+            return
+        await self._count()
+        waiting = self._counts.get(gateway_pb2.JOB_STATE_QUEUED, 0)
+        if waiting >= self._limits.waiting:
+            raise Overloaded(
+                f"{waiting} jobs wait already; submit it again later",
+                retry_after=5.0,
+                reason="QueueFull",
+            )
 
     async def _find(self, request: gateway_pb2.GenerateRequest) -> gateway_pb2.Job | None:
         key = request.idempotency_key
         if not key:
             return None
-        found = await self._do(lambda store: store.by_key(request.tenant, key))
+        found = await self._database.do(lambda store: store.by_key(request.tenant, key))
         if found is None:
             return None
         job, body = found
@@ -146,9 +161,10 @@ class Jobs:
             )
         return job
 
-    async def get(self, job_id: str) -> gateway_pb2.Job:
-        """With its images. Raises NotFound."""
-        job = await self._do(lambda store: store.get(job_id))
+    async def get(self, job_id: str, tenant: str | None = None) -> gateway_pb2.Job:
+        """With its images. Raises NotFound, also where it is another tenant's than the one named:
+        whose it is, and that it is, is nobody else's business."""
+        job = await self._database.do(lambda store: store.get(job_id, tenant))
         if job is None:
             raise NotFound(
                 f"there is no job {job_id!r}: the id is wrong, or it ended long ago", field="id"
@@ -166,7 +182,7 @@ class Jobs:
                     field="page_token",
                 )
             before = min(int(request.page_token[:18]), 2**62)
-        jobs, more = await self._do(
+        jobs, more = await self._database.do(
             lambda store: store.page(
                 size, before, request.workflow, request.tenant, list(request.states)
             )
@@ -176,106 +192,166 @@ class Jobs:
             next_page_token="" if more is None else str(more),
         )
 
-    async def cancel(self, job_id: str) -> gateway_pb2.Job:
-        """Ends a job that has not ended; one that has stays as it is. Raises NotFound."""
-        task = self._active.get(job_id)
-        if task is not None:
-            self._cancelled.add(job_id)
-            task.cancel()
-            await asyncio.wait([task])
-        return await self.get(job_id)
+    async def cancel(self, job_id: str, tenant: str | None = None) -> gateway_pb2.Job:
+        """Ends a job that has not ended, whichever gateway runs it; one that has stays as it is.
+
+        Raises NotFound as `get`. Where another gateway runs it, it may still run on return, for
+        about a beat; a job that is lost meanwhile is not run again.
+        """
+        job = await self.get(job_id, tenant)
+        run = self._active.get(job_id)
+        if run is not None and run.task is not None:
+            run.cancel()
+            await asyncio.wait([run.task])
+            job = await self.get(job_id, tenant)
+        if job.state in ENDED:
+            return job
+        end = self._end(gateway_pb2.JOB_STATE_CANCELLED, Cancelled("the job was cancelled"))
+        await self._database.do(lambda store: store.cancel(job_id, end))
+        job = await self.get(job_id, tenant)
+        waited = 0.0
+        while job.state not in ENDED and waited < self._limits.cancel_wait:
+            await asyncio.sleep(CANCEL_LOOK)
+            waited += CANCEL_LOOK
+            job = await self.get(job_id, tenant)
+        return job
+
+    # ------------------------------------------------------------ beating
+
+    async def _beat_on(self) -> None:
+        while True:
+            await asyncio.sleep(self._limits.beat * (0.5 + self._draw()))
+            try:
+                await self.beat()
+            except KubeDiffusionError as error:
+                log.warning("jobs: %s", error)
+            except Exception:
+                log.exception("jobs")
+
+    async def beat(self) -> None:
+        """Renews the leases held here, lets go of what was lost, and takes what lies about."""
+        held = dict(self._active)
+        steps = {job_id: run.progress for job_id, run in held.items()}
+        now = self._clock()
+        mine = await self._database.do(lambda store: store.renew(self._owner, now, steps))
+        for job_id, run in held.items():
+            epoch, cancel = mine.get(job_id, (0, False))
+            if self._active.get(job_id) is not run:
+                continue  # it has ended meanwhile
+            if epoch != run.job.lease.epoch:
+                log.warning("job %s was taken over by another gateway", job_id)
+                run.abandon()
+            elif cancel:
+                run.cancel()
+        await self._take()
+        self._beats += 1
+        if self._beats % TIDY_BEATS == 0:
+            await self._database.do(lambda store: store.make_room(now))
+        await self._count()
+
+    async def _count(self) -> None:
+        self._counts = await self._database.do(lambda store: store.counts())
+
+    async def _take(self) -> None:
+        """Begins as many jobs as there is room for."""
+        async with self._taking:
+            room = self._limits.running - len(self._active)
+            if self._closed or room <= 0:
+                return
+            here, now = list(self._active), self._clock()
+            taken = await self._database.do(lambda store: store.take(self._owner, now, room, here))
+            for job in taken:
+                self._begin(job)
 
     # ------------------------------------------------------------ running
 
-    def _begin(self, job: NewJob) -> None:
-        task = asyncio.create_task(self._run(job), name=job.id)
-        self._active[job.id] = task
-        task.add_done_callback(lambda _: self._forget(job.id))
-
-    def _forget(self, job_id: str) -> None:
-        self._active.pop(job_id, None)
-        self._progress.pop(job_id, None)
-        self._cancelled.discard(job_id)
-        self._running.discard(job_id)
-
-    async def _run(self, job: NewJob) -> None:
-        try:
-            async with self._slots:
-                self._running.add(job.id)
-                images = await self._generate(job)
-        except asyncio.CancelledError:
-            if job.id in self._cancelled:
-                error = Cancelled("the job was cancelled")
-                await self._finish(job, gateway_pb2.JOB_STATE_CANCELLED, error)
-            # Otherwise the gateway is stopping, and the next one finds the job unfinished.
-        except KubeDiffusionError as error:
-            await self._finish(job, gateway_pb2.JOB_STATE_FAILED, error)
-        except Exception as error:
-            shown = Internal(f"unexpected {type(error).__name__}")
-            await self._finish(job, gateway_pb2.JOB_STATE_FAILED, shown)
-            raise
-        else:
-            await self._finish(job, gateway_pb2.JOB_STATE_SUCCEEDED, None, images)
-
-    async def _generate(self, job: NewJob) -> list[gateway_pb2.Image]:
-        await self._do(
-            lambda store: store.update(
-                job.id, state=gateway_pb2.JOB_STATE_RUNNING, started=self._clock()
-            )
+    def _begin(self, job: TakenJob) -> None:
+        lease = job.lease
+        if job.losses:
+            log.warning("job %s was left by its gateway; it goes on here", lease.job)
+        checkpoints = JobCheckpoints(
+            job.checkpoints,
+            lambda kept: self._database.do(lambda store: store.keep(lease, kept)),
+            self._limits.checkpoint_every,
         )
-        while True:
-            try:
-                return await self._images(job)
-            except Overloaded as error:
-                if error.reason != "QueueFull":
-                    raise
-                await asyncio.sleep(min(error.retry_after, 5.0))
+        run = self._active[lease.job] = JobRun(job, checkpoints)
+        run.task = asyncio.create_task(self._run(run), name=lease.job)
+        run.task.add_done_callback(lambda _: self._forget(run))
 
-    async def _images(self, job: NewJob) -> list[gateway_pb2.Image]:
-        images: dict[int, gateway_pb2.Image] = {}
-        events = self._gateway.generate(job.request)
+    def _forget(self, run: JobRun) -> None:
+        if self._active.get(run.job.lease.job) is run:
+            del self._active[run.job.lease.job]
+
+    async def _run(self, run: JobRun) -> None:
         try:
-            async for event in events:
-                kind = event.WhichOneof("kind")
-                if kind == "stepped":
-                    step = event.stepped
-                    self._progress[job.id] = (step.step, step.total_steps)
-                elif kind == "image":
-                    images[event.index] = event.image
-        finally:
-            await events.aclose()
-        return [images[index] for index in sorted(images)]
+            end = await self._outcome(run)
+            await run.checkpoints.close(flush=end is None)
+            if end is not None:
+                await self._finish(run, end)
+        except KubeDiffusionError as error:
+            # Its lease lapses, and it is run again.
+            log.warning("the end of job %s was not written: %s", run.job.lease.job, error)
+        self._forget(run)
+        if self._closed:
+            return
+        try:
+            await self._take()
+            await self._count()
+        except KubeDiffusionError as error:
+            log.warning("jobs: %s", error)
 
-    async def _finish(
+    async def _outcome(self, run: JobRun) -> End | None:
+        """How it ended; None where that is for another gateway to say."""
+        job = run.job
+        try:
+            if job.cancel_requested:
+                raise Cancelled("the job was cancelled")
+            if job.losses > self._limits.losses:
+                raise Unavailable(
+                    f"{job.losses} gateways vanished while they ran it; look into their logs "
+                    "before you submit it again",
+                    reason="Interrupted",
+                )
+            images = await run.images(self._gateway, self._clock())
+        except asyncio.CancelledError:
+            if not run.cancelled:
+                return None
+            return self._end(gateway_pb2.JOB_STATE_CANCELLED, Cancelled("the job was cancelled"))
+        except Cancelled as error:
+            return self._end(gateway_pb2.JOB_STATE_CANCELLED, error)
+        except KubeDiffusionError as error:
+            if self._closed and isinstance(error, Unavailable):
+                return None  # it is this gateway that goes, and nothing is wrong with the job
+            return self._end(gateway_pb2.JOB_STATE_FAILED, error)
+        except Exception as error:
+            log.exception("job %s", job.lease.job)
+            shown = Internal(f"unexpected {type(error).__name__}; see the gateway's log")
+            return self._end(gateway_pb2.JOB_STATE_FAILED, shown)
+        return self._end(gateway_pb2.JOB_STATE_SUCCEEDED, None, images)
+
+    def _end(
         self,
-        job: NewJob,
         state: gateway_pb2.JobState,
         error: KubeDiffusionError | None,
         images: list[gateway_pb2.Image] | None = None,
-    ) -> None:
-        step, total = self._progress.get(job.id, (0, 0))
+    ) -> End:
+        return End(
+            state,
+            self._clock(),
+            "" if error is None else error.reason,
+            "" if error is None else str(error),
+            images or (),
+        )
 
-        def write(store: JobStore) -> dict[int, int]:
-            store.update(job.id, step=step, total_steps=total)
-            store.finish(
-                job.id,
-                state,
-                self._clock(),
-                reason="" if error is None else error.reason,
-                message="" if error is None else str(error),
-                images=images or (),
-            )
-            return store.ended()
-
-        self._ended = await self._do(write)
+    async def _finish(self, run: JobRun, end: End) -> None:
+        lease, progress = run.job.lease, run.progress
+        if await self._database.do(lambda store: store.finish(lease, end, progress)):
+            await self._database.do(lambda store: store.make_room(end.ended))
+        else:
+            log.warning("job %s ended here, but another gateway had taken it over", lease.job)
 
     def _with_progress(self, job: gateway_pb2.Job) -> gateway_pb2.Job:
-        if job.state not in ENDED and (now := self._progress.get(job.id)) is not None:
-            job.step, job.total_steps = now
+        run = self._active.get(job.id)
+        if job.state not in ENDED and run is not None:
+            job.step, job.total_steps = run.progress
         return job
-
-    async def _do(self, work: Callable[[JobStore], T]) -> T:
-        store: Any = self._store
-        if store is None:
-            raise Unavailable(GOING)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, store)

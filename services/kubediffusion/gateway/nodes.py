@@ -157,6 +157,15 @@ class Fleet:
             if retry in self._waiting:
                 retry()
 
+    def room(self, connection: NodeConnection) -> None:
+        """Whoever waited longest comes first, and nobody asks in vain."""
+        for retry in list(self._waiting):
+            state = connection.state
+            if self._closed or state is None or not state.takes_work(self.now()):
+                return
+            if retry in self._waiting:
+                retry()
+
     def _index(self) -> None:
         self._by_model = {}
         for connection in self.connections.values():

@@ -55,3 +55,7 @@ class ImagePlan:
     deadline: float | None = None
     # How long a task may wait for a node that can take it, in seconds.
     activation_timeout: float = 300.0
+    # What an earlier coordinator of this image was handed, by task.
+    checkpoints: Mapping[str, node_pb2.Checkpoint] = field(
+        default_factory=dict[str, node_pb2.Checkpoint]
+    )

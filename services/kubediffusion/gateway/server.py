@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
 LIVENESS = "liveness"
 MAX_CONCURRENT_RPCS = 4096
+# Longer than any stream: activation, a queue and a large batch of images.
+GRACE = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,11 @@ class Doors:
     grpc: str | None = None
     http: str | None = None
     metrics: str | None = None
+    # A gRPC connection is that old, in seconds, and its client then makes another one, which may
+    # well lead to another gateway; 0: for ever. Calls under way on the old one have `GRACE`.
+    grpc_age: float = 0.0
+    # Whether images may be asked for by URL: only where whoever reads it comes to this gateway.
+    image_urls: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,8 @@ async def serve(
         stack.push_async_callback(_close, gateway, open_doors, Stopping(drain_seconds))
         grpc_address = http = ""
         if doors.grpc is not None:
-            door = GrpcDoor(GatewayService(gateway, tracing, keys), readiness or Readiness())
+            service = GatewayService(gateway, tracing, keys)
+            door = GrpcDoor(service, readiness or Readiness(), doors.grpc_age)
             grpc_address = await door.open(doors.grpc)
             open_doors.append(door)
         if doors.http is not None:
@@ -121,6 +129,7 @@ async def serve(
                 api_keys=api_keys,
                 public_url=public_url,
                 readiness=readiness,
+                image_urls=doors.image_urls,
             )
             http_door = HttpDoor()
             http = await http_door.open(app, doors.http)
@@ -155,12 +164,13 @@ class GrpcDoor:
     since only an event loop that turns can answer.
     """
 
-    def __init__(self, service: GatewayService, readiness: Readiness) -> None:
+    def __init__(self, service: GatewayService, readiness: Readiness, age: float = 0.0) -> None:
         self._service = service
         self._readiness = readiness
         self._health = HealthServicer()
         self._server = grpc.aio.server(
-            options=rpc.SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS
+            options=(*rpc.SERVER_OPTIONS, *_ageing(age)),
+            maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS,
         )
         self._telling: set[asyncio.Task[None]] = set()
 
@@ -195,6 +205,16 @@ class GrpcDoor:
         task = asyncio.ensure_future(self._tell())
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
+
+
+def _ageing(age: float) -> rpc.Options:
+    """gRPC adds a tenth of it, more or less, so that not all clients come back at once."""
+    if not age:
+        return ()
+    return (
+        ("grpc.max_connection_age_ms", int(age * 1000)),
+        ("grpc.max_connection_age_grace_ms", int(GRACE * 1000)),
+    )
 
 
 def _http_app(gateway: Gateway, **options: Any) -> FastAPI:

@@ -32,11 +32,14 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
     async def _answering(self, context: Context, request: Any = None) -> AsyncIterator[None]:
         """Around every method: who may call, as which tenant, and errors as a status."""
         async with rpc.answering(context):
-            if self._keys is not None:
-                tenant = self._keys.tenant(_authorization(context))
-                if request is not None:
-                    request.tenant = tenant
+            tenant = self._tenant(context)
+            if tenant is not None and request is not None:
+                request.tenant = tenant
             yield
+
+    def _tenant(self, context: Context) -> str | None:
+        """Whose the caller's key is; None where no key is asked for. Raises Unauthenticated."""
+        return None if self._keys is None else self._keys.tenant(_authorization(context))
 
     async def Generate(self, request: gateway_pb2.GenerateRequest, context: Context) -> None:
         """A client that leaves cancels this handler, and so closes the events and the request."""
@@ -65,7 +68,8 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         self, request: gateway_pb2.GetRequest, context: Context
     ) -> gateway_pb2.GetResponse:
         async with self._answering(context):
-            return gateway_pb2.GetResponse(job=await self._gateway.jobs.get(request.id))
+            job = await self._gateway.jobs.get(request.id, self._tenant(context))
+            return gateway_pb2.GetResponse(job=job)
         raise AssertionError("aborted")
 
     async def List(
@@ -79,7 +83,8 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         self, request: gateway_pb2.CancelRequest, context: Context
     ) -> gateway_pb2.CancelResponse:
         async with self._answering(context):
-            return gateway_pb2.CancelResponse(job=await self._gateway.jobs.cancel(request.id))
+            job = await self._gateway.jobs.cancel(request.id, self._tenant(context))
+            return gateway_pb2.CancelResponse(job=job)
         raise AssertionError("aborted")
 
     async def ListWorkflows(

@@ -126,7 +126,10 @@ class Model(Protocol):
     def run(
         self, stage: str, inputs: Mapping[str, PortValue], loras: Sequence[Lora] = ()
     ) -> Mapping[str, PortValue]:
-        """A one-shot stage. Raises InvalidInput naming the port at fault."""
+        """A one-shot stage. Raises InvalidInput naming the port at fault.
+
+        Beside its ports the result may have `warnings`: texts for whoever asked.
+        """
         ...
 
     def unload(self) -> None: ...

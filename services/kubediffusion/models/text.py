@@ -42,8 +42,7 @@ def _token_ids(tokenizer: Any, text: str, length: int, *, cut: bool = False) -> 
     diffusers cuts it and logs the loss; a service that draws half of what was asked for would
     only hide the mistake. `cut` is for an encoder that need not read to the end.
     """
-    needed = 0 if cut else len(tokenizer(text, truncation=False, verbose=False).input_ids)
-    if needed > length:
+    if not cut and (needed := _tokens(tokenizer, text)) > length:
         raise InvalidInput(
             f"the prompt has {needed} tokens and this text encoder takes {length}; shorten it",
             field="text",
@@ -52,6 +51,11 @@ def _token_ids(tokenizer: Any, text: str, length: int, *, cut: bool = False) -> 
     return tokenizer(
         [text], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
+
+
+def _tokens(tokenizer: Any, text: str) -> int:
+    """How many it has, marks included."""
+    return len(tokenizer(text, truncation=False, verbose=False).input_ids)
 
 
 def _has_t5(spec: LoadSpec) -> bool:
@@ -66,7 +70,7 @@ class ClipEncoder:
     """`encode`: text -> `embeds` (1, T, D), the last hidden state but one; `pooled` (1, P).
 
     Beside a T5, which reads several times as far, a CLIP takes the beginning of a long prompt, as
-    in diffusers; alone it refuses one.
+    in diffusers, and warns of it; alone it refuses one.
     """
 
     stages = ("encode",)
@@ -93,11 +97,25 @@ class ClipEncoder:
         self, stage: str, inputs: Mapping[str, PortValue], loras: Sequence[Lora] = ()
     ) -> Mapping[str, PortValue]:
         ids = _token_ids(self._tokenizer, _text(inputs), self._length, cut=self._cut)
+        warnings = self._warnings(_text(inputs)) if self._cut else []
         self._adapters.use(loras)
         with torch.inference_mode():
             out = self._module(ids.to(self._module.device), output_hidden_states=True)
         embeds = out.hidden_states[-2].to(self._module.dtype)
-        return {"embeds": embeds, "pooled": out[0]}
+        return {"embeds": embeds, "pooled": out[0], "warnings": warnings}
+
+    def _warnings(self, text: str) -> list[PortValue]:
+        """That the end of a prompt is not read here; the same of both CLIPs."""
+        # A token is a byte at least, and most prompts need not be counted.
+        if len(text.encode()) <= self._length - 2:
+            return []
+        needed = _tokens(self._tokenizer, text)
+        if needed <= self._length:
+            return []
+        return [
+            f"the prompt has {needed} CLIP tokens: the CLIP encoders read the first "
+            f"{self._length}, as in diffusers, and only the T5 encoder reads all of it"
+        ]
 
     def unload(self) -> None:
         del self._module, self._adapters

@@ -278,6 +278,7 @@ class Node:
             return
         self._ended(task, "done")
         done = node_pb2.Done(key=task.key, outputs=outputs, timing=task.timing())
+        done.warnings.extend(task.warnings)
         task.session.outbox.send(node_pb2.WorkEvent(done=done))
 
     def failed(self, task: Task, error: KubeDiffusionError, reason: FailureReason) -> None:

@@ -17,7 +17,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from queue import Empty, SimpleQueue
@@ -239,6 +239,7 @@ class Device:
             result = task.resident.loaded.run(task.assign.stage, inputs, task.loras)
             task.run_seconds = perf_counter() - begin
             outputs = self._outputs(task, result)
+            task.warnings = _warnings(result)
         except Exception as error:
             task.run_seconds = perf_counter() - begin
             self._fail(task, error)
@@ -429,3 +430,9 @@ def _free_memory() -> None:
     """What failed work left in the allocator's cache."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def _warnings(result: Mapping[str, PortValue]) -> list[str]:
+    """What a model has to say to the caller beside its outputs."""
+    said = result.get("warnings")
+    return [str(each) for each in said] if isinstance(said, list) else []

@@ -128,6 +128,7 @@ class Task:
     started: float | None = None
     running: bool = False
     run_seconds: float = 0.0
+    warnings: Sequence[str] = ()
     steps_run: int = 0
     # When its gateway was last told of its progress.
     told: float = -inf

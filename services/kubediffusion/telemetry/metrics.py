@@ -267,7 +267,11 @@ class GatewayMetrics:
         )
         self.http_requests = counter("http_requests", "HTTP answers.", "route", "code")
         self.http_request_seconds = histogram("http_request_seconds", "Time to answer.", "route")
-        self.jobs = gauge("jobs", "Jobs in the store by state.", "state")
+        self.jobs = gauge(
+            "jobs",
+            "Jobs by state: running here; others in the whole database (of gateways: max).",
+            "state",
+        )
 
     def known(self, workflows: Iterable[str] = (), models: Iterable[tuple[str, str]] = ()) -> None:
         """Of these (models as (identity, stage)) 0 is reported, not nothing."""

@@ -130,18 +130,20 @@ class Resumed(_message.Message):
     def __init__(self, stage: _Optional[str] = ..., from_step: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("png", "width", "height", "seed", "step")
+    __slots__ = ("png", "width", "height", "seed", "step", "warnings")
     PNG_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     png: bytes
     width: int
     height: int
     seed: int
     step: int
-    def __init__(self, png: _Optional[bytes] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., seed: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, png: _Optional[bytes] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., seed: _Optional[int] = ..., step: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("stages", "seconds")

@@ -332,7 +332,7 @@ class CheckpointTaken(_message.Message):
     def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ...) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("key", "outputs", "timing")
+    __slots__ = ("key", "outputs", "timing", "warnings")
     class OutputsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -343,10 +343,12 @@ class Done(_message.Message):
     KEY_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     key: TaskKey
     outputs: _containers.MessageMap[str, _tensor_pb2.Value]
     timing: Timing
-    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., outputs: _Optional[_Mapping[str, _tensor_pb2.Value]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., outputs: _Optional[_Mapping[str, _tensor_pb2.Value]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue_seconds", "fetch_seconds", "run_seconds", "steps_run")

@@ -101,6 +101,24 @@ def test_a_gateway_may_take_its_time_to_stop(render: Render, delay: int, drain: 
     assert (options.shutdown_delay, options.drain_seconds) == (delay, drain)
 
 
+@pytest.mark.parametrize(
+    ("values", "taken"),
+    [
+        ({}, False),  # two replicas, and clients come to either
+        ({"replicas": 1}, True),
+        ({"replicas": 1, "autoscaling": {"enabled": True}}, False),
+        ({"service": {"sessionAffinity": "ClientIP"}}, True),
+        ({"imageUrls": True}, True),
+        ({"replicas": 1, "imageUrls": False}, False),
+    ],
+)
+def test_images_by_url_are_taken_only_where_they_are_found_again(
+    render: Render, values: Object, taken: bool
+) -> None:
+    rendered = render({"gateway": values})
+    assert gateway_options(container(rendered, "gateway")).doors.image_urls is taken
+
+
 def gateway_options(gateway: Object) -> Options:
     """What the process makes of its environment."""
     given = {
@@ -124,6 +142,7 @@ def test_the_gateway_understands_what_the_chart_tells_it(
     assert options.public_url == "https://images.example.com"
     assert options.job_database == "<secretKeyRef>"
     assert options.log_json is True
+    assert options.doors.grpc_age == 120
 
 
 def test_the_operator_understands_what_the_chart_tells_it(plain: Rendered, tmp_path: Path) -> None:

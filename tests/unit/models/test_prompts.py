@@ -79,6 +79,17 @@ def test_a_prompt_is_refused_rather_than_cut(
     assert f"takes {limit}" in failure.value.message
 
 
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
+def test_a_clip_beside_a_t5_says_that_it_reads_the_beginning(
+    encoders: dict[str, Model], name: str
+) -> None:
+    fits = " ".join(["a"] * 75)
+    assert not encoders[name].run("encode", {"text": fits})["warnings"]
+    (warning,) = encoders[name].run("encode", {"text": fits + " a"})["warnings"]
+    assert "78 CLIP tokens" in warning
+    assert "the first 77" in warning
+
+
 @pytest.mark.parametrize(
     ("given", "field"),
     [

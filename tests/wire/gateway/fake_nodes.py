@@ -69,6 +69,8 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
         self.incarnation = 0
         # What it says that pulling a task's inputs took.
         self.fetch_seconds = 0.0
+        # What it has to say to the caller, by stage.
+        self.warnings: dict[str, list[str]] = {}
         self.assigned: list[node_pb2.Assign] = []
         self.steps: Counter[str] = Counter()
         self.cancelled: list[str] = []
@@ -235,6 +237,7 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
                 done=node_pb2.Done(
                     key=key,
                     outputs=outputs,
+                    warnings=self.warnings.get(assign.stage, ()),
                     timing=node_pb2.Timing(
                         run_seconds=0.001, fetch_seconds=self.fetch_seconds, steps_run=steps
                     ),

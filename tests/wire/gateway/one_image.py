@@ -93,6 +93,9 @@ class Outcome:
     def previewed(self, run, step, image):
         self.events.append(("preview", step))
 
+    def checkpointed(self, run, task, checkpoint):
+        pass
+
     def resumed(self, run, task, reason):
         step = task.checkpoint.step if task.checkpoint is not None else 0
         self.events.append(("resumed", task.planned.stage, step, reason))

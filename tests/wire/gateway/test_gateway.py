@@ -237,6 +237,7 @@ async def test_models_that_never_come_up_fail_the_request_and_are_named(tmp_path
     node = one_node(tmp_path)
     node.models = identities(workflow(), "text_encoder")
     async with gateway_over([node], served) as gateway:
+        await changed(gateway, lambda: not gateway.fleet.missing(node.models))
         with pytest.raises(Unavailable) as caught:
             await events_of(gateway, request())
         assert caught.value.reason == "NoReplica"

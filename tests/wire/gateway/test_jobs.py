@@ -8,7 +8,16 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from gateways import CONFIG, assert_empty, events_of, gateway_over, images, one_node, request
+from gateways import (
+    CONFIG,
+    assert_empty,
+    events_of,
+    gateway_over,
+    images,
+    one_node,
+    request,
+    workflow,
+)
 
 from kubediffusion.errors import Conflict, InvalidInput, NotFound, Overloaded
 from kubediffusion.gateway.config import JobLimits
@@ -22,9 +31,9 @@ ENDED = {
 
 
 async def ended(gateway, job_id: str) -> gateway_pb2.Job:
-    task = gateway.jobs._active.get(job_id)
-    if task is not None:
-        await asyncio.wait([task], timeout=60)
+    run = gateway.jobs._active.get(job_id)
+    if run is not None:
+        await asyncio.wait([run.task], timeout=60)
     job = await gateway.jobs.get(job_id)
     assert job.state in ENDED
     return job
@@ -124,18 +133,35 @@ async def test_what_is_kept_is_bounded(tmp_path):
         assert [job.id for job in kept] == [third.id, second.id]
 
 
-async def test_after_a_restart_keyed_jobs_run_again_and_others_say_what_happened(tmp_path):
-    config = replace(CONFIG, job_database=f"sqlite:///{tmp_path}/jobs.db")
+@pytest.mark.parametrize("key", ["", "k"])
+async def test_after_a_restart_a_job_goes_on_from_its_checkpoint(tmp_path, key):
+    """A job was promised, so it needs no key; and its seed is the same, even if nobody chose it."""
+    limits = JobLimits(checkpoint_every=0.0)
+    config = replace(CONFIG, job_database=f"sqlite:///{tmp_path}/jobs.db", jobs=limits)
     never = asyncio.Event()
-    node = one_node(tmp_path, script=lambda node, assign, step: never.wait() if step == 0 else None)
+    node = one_node(tmp_path, script=lambda node, assign, step: never.wait() if step == 6 else None)
     async with gateway_over([node], config=config) as gateway:
-        plain = await gateway.jobs.submit(request(seed=1))
-        keyed = await gateway.jobs.submit(request(seed=2, idempotency_key="k"))
-        await node.until(lambda: sum(a.stage == "denoise" for a in node.assigned) == 2)
-    async with gateway_over([one_node(tmp_path, "b")], config=config) as gateway:
-        lost = await gateway.jobs.get(plain.id)
-        assert lost.state == gateway_pb2.JOB_STATE_FAILED
-        assert lost.reason == "Interrupted"
-        done = await ended(gateway, keyed.id)
+        job = await gateway.jobs.submit(request(seed=None, idempotency_key=key))
+        await node.until(lambda: max(node.steps.values(), default=0) == 6)
+        seen = request(seed=None, idempotency_key=key or job.id)
+    other = one_node(tmp_path, "b")
+    async with gateway_over([other], config=config) as gateway:
+        done = await ended(gateway, job.id)
         assert done.state == gateway_pb2.JOB_STATE_SUCCEEDED
-        assert [image.seed for image in done.images] == [2]
+        assert list(other.steps.values()) == [4]  # the checkpoint was taken after 4 of 8
+        assert list(done.images) == images(await events_of(gateway, seen))
+
+
+async def test_a_checkpoint_of_another_workflow_is_not_gone_on_from(tmp_path):
+    limits = JobLimits(checkpoint_every=0.0)
+    config = replace(CONFIG, job_database=f"sqlite:///{tmp_path}/jobs.db", jobs=limits)
+    never = asyncio.Event()
+    node = one_node(tmp_path, script=lambda node, assign, step: never.wait() if step == 6 else None)
+    async with gateway_over([node], config=config) as gateway:
+        job = await gateway.jobs.submit(request())
+        await node.until(lambda: max(node.steps.values(), default=0) == 6)
+    fast = replace(workflow(), numerics="fast")
+    other = one_node(tmp_path, "b")
+    async with gateway_over([other], {"sd3": fast}, config=config) as gateway:
+        assert (await ended(gateway, job.id)).state == gateway_pb2.JOB_STATE_SUCCEEDED
+        assert list(other.steps.values()) == [8]

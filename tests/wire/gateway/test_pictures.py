@@ -142,3 +142,14 @@ def test_a_hook_that_is_none_is_named(name):
     with pytest.raises(InvalidInput) as caught:
         load_hooks(["test_pictures:Watermark", name])
     assert caught.value.field == "hooks[1]"
+
+
+async def test_what_a_node_has_to_say_comes_with_the_picture_once(tmp_path):
+    node = one_node(tmp_path)
+    node.warnings["encode"] = ["only the beginning was read"]  # by each of three encoders
+    async with gateway_over([node]) as gateway:
+        (image,) = images(await events_of(gateway, request()))
+        assert list(image.warnings) == ["only the beginning was read"]
+        node.warnings.clear()
+        (image,) = images(await events_of(gateway, request()))
+        assert not image.warnings

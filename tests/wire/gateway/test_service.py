@@ -65,6 +65,32 @@ async def test_an_error_keeps_its_class_reason_and_field(tmp_path):
         assert isinstance(rpc.from_rpc_error(caught.value), NotFound)
 
 
+async def test_a_connection_that_is_old_makes_way_for_another(tmp_path, monkeypatch):
+    """Its clients would never see a second gateway else; a stream on it goes on to its end."""
+    peers: list[str] = []
+
+    async def status(self, message, context):
+        peers.append(context.peer())
+        return gateway_pb2.GetStatusResponse()
+
+    monkeypatch.setattr(server.GatewayService, "GetStatus", status)
+    go = asyncio.Event()
+    node = one_node(tmp_path, script=lambda node, assign, step: go.wait() if step == 2 else None)
+    doors = Doors(grpc="127.0.0.1:0", grpc_age=0.2)
+    async with (
+        gateway_over([node]) as gateway,
+        serve(gateway, doors, drain_seconds=0.0) as addresses,
+        rpc.connect(addresses.grpc) as channel,
+    ):
+        stub = gateway_pb2_grpc.GatewayStub(channel)
+        stream = stub.Generate(request())
+        async with asyncio.timeout(60):
+            while len(set(peers)) < 2:
+                await stub.GetStatus(gateway_pb2.GetStatusRequest())
+        go.set()
+        assert [event async for event in stream][-1].WhichOneof("kind") == "finished"
+
+
 async def test_a_client_of_another_protocol_is_told(tmp_path):
     async with served(tmp_path) as (_, _, _, channel):
         stub = gateway_pb2_grpc.GatewayStub(channel)

@@ -47,6 +47,19 @@ async def test_a_body_is_counted_as_it_comes(gateway, path, declared):
     assert app.state.budget.used == 0
 
 
+async def test_where_gateways_take_turns_an_image_by_url_is_refused_before_it_is_drawn(gateway):
+    app = build_app(gateway, image_urls=False)
+    async with client_of(app) as http:
+        body = {"model": "shapes", "prompt": "x", "response_format": "url"}
+        error = check_error(await http.post(GENERATIONS, json=body), 400)
+        assert error["param"] == "response_format"
+        assert "b64_json" in error["message"]
+        assert "gateway.service.sessionAffinity" in error["message"]
+        assert not gateway.requests
+        answer = await http.post(GENERATIONS, json=body | {"response_format": "b64_json"})
+        assert answer.status_code == 200
+
+
 async def test_a_body_that_does_not_arrive_is_given_up(gateway):
     app = build_app(gateway, limits=HttpLimits(body_seconds=0.01))
 

@@ -9,7 +9,7 @@ import gzip
 
 import pytest
 from http_calls import EDITS, GENERATIONS, check_error
-from http_fakes import png
+from http_fakes import draw, png
 
 from kubediffusion import errors
 
@@ -274,3 +274,19 @@ async def test_a_body_of_another_kind_is_refused(http, headers):
 async def test_a_torn_form_is_refused(http, kind, body):
     answer = await http.post(EDITS, content=body, headers={"Content-Type": kind})
     check_error(answer, 400)
+
+
+async def test_what_was_done_otherwise_than_one_may_think_is_said(http, gateway):
+    async def warning(request):
+        async for each in draw(request):
+            if each.WhichOneof("kind") == "image":
+                each.image.warnings.append("only the beginning was read")
+            yield each
+
+    (image,) = (await http.post(GENERATIONS, json={"prompt": "x"})).json()["data"]
+    assert "warnings" not in image
+    gateway.script = warning
+    (image,) = (await http.post(GENERATIONS, json={"prompt": "x"})).json()["data"]
+    assert image["warnings"] == ["only the beginning was read"]
+    stream = (await http.post(GENERATIONS, json={"prompt": "x", "stream": True})).text
+    assert '"warnings": ["only the beginning was read"]' in stream

@@ -26,6 +26,7 @@ class ImageAnswer(BaseModel):
     b64_json: str | None = None
     url: str | None = None
     seed: int
+    warnings: list[str] | None = None
 
 
 class ImagesAnswer(BaseModel):
@@ -88,14 +89,18 @@ def answer(
 ) -> bytes:
     """The JSON of an answer, with the images' files in it or their URLs."""
     if urls:
-        data = [ImageAnswer(url=u, seed=i.seed) for i, u in zip(images, urls, strict=True)]
+        data = [_answer(i, url=u) for i, u in zip(images, urls, strict=True)]
     else:
         pairs = zip(images, files, strict=True)
-        data = [ImageAnswer(b64_json=_base64(file), seed=i.seed) for i, file in pairs]
+        data = [_answer(i, b64_json=_base64(file)) for i, file in pairs]
     whole = ImagesAnswer(
         created=int(time.time()), data=data, output_format=output.format, size=_size(images[0])
     )
     return whole.model_dump_json(exclude_none=True).encode()
+
+
+def _answer(image: gateway_pb2.Image, **where: str) -> ImageAnswer:
+    return ImageAnswer(seed=image.seed, warnings=list(image.warnings) or None, **where)
 
 
 def partial_event(
@@ -113,7 +118,8 @@ def completed_event(
     # The type demands it; nothing here is counted in tokens.
     nothing = {"image_tokens": 0, "text_tokens": 0}
     usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
-    return sse(event | {"seed": image.seed, "usage": usage | {"input_tokens_details": nothing}})
+    event |= {"seed": image.seed, "usage": usage | {"input_tokens_details": nothing}}
+    return sse(event | ({"warnings": list(image.warnings)} if image.warnings else {}))
 
 
 def sse(data: dict[str, Any]) -> bytes:

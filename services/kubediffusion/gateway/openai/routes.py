@@ -66,6 +66,7 @@ class ImagesApi:
         store: ImageStore,
         reader: Callable[[Request], BodyReader],
         public_url: str,
+        image_urls: bool,
         limits: StreamLimits,
     ) -> None:
         self._gateway = gateway
@@ -73,6 +74,7 @@ class ImagesApi:
         self._store = store
         self._reader = reader
         self._public_url = public_url
+        self._image_urls = image_urls
         self._limits = limits
         self._started = int(time.time())
 
@@ -146,6 +148,15 @@ class ImagesApi:
     ) -> Response:
         workflow = find_workflow(self._gateway.list_workflows(), fields.model)
         call = build_call(fields, workflow, request.state.caller)
+        if call.output.by_url and not self._image_urls:
+            raise InvalidInput(
+                "an image by URL lies at the gateway that drew it, and here are several; ask for "
+                '"b64_json" (or have whoever runs this set gateway.service.sessionAffinity to '
+                "ClientIP, or gateway.imageUrls to true behind a proxy that keeps clients at one "
+                "gateway)",
+                field="response_format",
+                reason="NoImageUrls",
+            )
         headers = {"X-KubeDiffusion-Ignored": ", ".join(call.ignored)} if call.ignored else {}
         events = self._gateway.generate(call.request)
         try:
