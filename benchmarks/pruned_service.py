@@ -96,11 +96,12 @@ def run(rounds: int) -> list[Row]:
         spent = asyncio.run(_measured(Path(name), rounds))
     rows = []
     for (side, budget), limit in limits.items():
+        size = f"{side} px, {(side // 16) ** 2} tokens"
         dense, pruned = (statistics.median(spent[side, each]) for each in (1.0, budget))
         rows.append(
             Row(
                 "pruning-service",
-                f"tiny-sd3, {side} px ({(side // 16) ** 2} tokens), budget {budget:g}, faster than dense",
+                f"tiny-sd3, {size}, budget {budget:g}, faster than dense",
                 dense / pruned,
                 limit,
                 "x",
