@@ -37,6 +37,7 @@ async def through_the_service(
                     workflow=name,
                     inputs={k: encode_value(v) for k, v in inputs(case).items()},
                     loras=case.loras,
+                    budget=case.budget,
                 )
                 async for event in runtime.generate(request):
                     if event.WhichOneof("kind") == "image":

@@ -49,16 +49,22 @@ class Case:
     width: int | None = None
     height: int | None = None
     max_sequence_length: int = 32
+    budget: float | None = None  # of a pruned setup: 1 keeps all tokens, None is its default
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A pipeline's folder, and those of its ControlNets and LoRAs by name."""
+    """A pipeline's folder, those of its ControlNets and LoRAs by name, and of its pruning artifact.
+
+    Requests to a pruned setup run at `budget` where they name none.
+    """
 
     path: Path
     controlnets: Mapping[str, Path] = field(default_factory=dict[str, Path])
     loras: Mapping[str, Path] = field(default_factory=dict[str, Path])
     dtype: str = "float32"
+    pruning: Path | None = None
+    budget: float = 1.0
 
 
 def cases(setup: Setup) -> list[Case]:
@@ -171,6 +177,9 @@ def draw(setup: Setup, case: Case) -> bytes:
             "control_guidance_end": [c.end for c in controls],
         }.items():
             kwargs[key] = values if many else values[0]
+    if setup.pruning is not None:
+        budget = setup.budget if case.budget is None else case.budget
+        _prune(pipe, setup.pruning, None if budget == 1 else budget)
     for name in case.loras:
         pipe.load_lora_weights(setup.loras[name], adapter_name=name)
     if case.loras:
@@ -179,6 +188,12 @@ def draw(setup: Setup, case: Case) -> bytes:
     # The ControlNet pipeline draws from the global generator: docs/decisions/0001.
     torch.manual_seed(case.seed)
     return png(pipe(**kwargs).images[0])
+
+
+def _prune(pipe: Any, artifact: Path, budget: float | None) -> None:
+    from shiva_kernels import ShivaConfig, apply_shiva
+
+    apply_shiva(pipe.transformer, ShivaConfig(artifact, budget, pipeline=pipe))
 
 
 def workflow(setup: Setup, name: str) -> str:
@@ -194,6 +209,9 @@ def workflow(setup: Setup, name: str) -> str:
     }
     if setup.dtype != "float32":
         spec["pipeline"]["dtype"] = setup.dtype
+    if setup.pruning is not None:
+        pruning = {"artifact": {"uri": f"file://{setup.pruning}"}, "budget": f"{setup.budget:g}"}
+        spec["models"] = {"transformer": {"pruning": pruning}}
     if setup.controlnets:
         spec["controlNets"] = [
             {"name": n, "source": {"uri": f"file://{p}"}} for n, p in setup.controlnets.items()

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from kubediffusion import api, sources, workflow
-from kubediffusion.errors import KubeDiffusionError
+from kubediffusion import api, artifacts, sources, workflow
+from kubediffusion.api.serving import Pruning
+from kubediffusion.errors import InvalidWorkflow, KubeDiffusionError
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,26 @@ def look_up(definition: api.DiffusionWorkflow) -> Findings:
             opened = sources.open(other.uri, other.revision, allow=("config.json",))
         if opened.commit:
             commits[other.uri, other.revision] = opened.commit
+    for role, override in definition.spec.models.items():
+        if override.pruning is not None:
+            _check_pruning(override.pruning, f"spec.models.{role}.pruning")
     return Findings(index, commits)
+
+
+def _check_pruning(pruning: Pruning, field: str) -> None:
+    """Raises UnsupportedModel for what is no artifact, InvalidWorkflow for a budget it lacks."""
+    source = pruning.artifact
+    with _at(f"{field}.artifact"):
+        own = f"{source.subfolder}/" if source.subfolder else ""
+        opened = sources.open(source.uri, source.revision, allow=(own + artifacts.MANIFEST,))
+        folder = opened.path / source.subfolder if source.subfolder else opened.path
+        budgets = (1.0, *artifacts.read_budgets(folder, source.uri))
+    if not any(abs(float(pruning.budget) - each) < 1e-6 for each in budgets):
+        raise InvalidWorkflow(
+            f"{pruning.budget} is no budget of this artifact; it has "
+            f"{', '.join(f'{each:g}' for each in budgets)}",
+            field=f"{field}.budget",
+        )
 
 
 def resolve_workflow(definition: api.DiffusionWorkflow) -> workflow.ResolvedWorkflow:
@@ -57,6 +77,6 @@ def _at(field: str) -> Iterator[None]:
     try:
         yield
     except KubeDiffusionError as error:
-        if error.field in ("", "uri"):
+        if error.field in ("", "uri", artifacts.FIELD):
             error.field = field
         raise

@@ -70,7 +70,6 @@ def three_stages(step_seconds: float) -> ResolvedWorkflow:
         loras={},
         slo=Slo(activation_timeout_seconds=60.0),
         numerics="exact",
-        budget=None,
     )
 
 

@@ -27,7 +27,9 @@ class InProcess:
 
     def __init__(self, setup: Setup, dtypes: Mapping[str, str] = MappingProxyType({})) -> None:
         text = yaml.safe_load(workflow(setup, "parity"))
-        text["spec"]["models"] = {role: {"dtype": dtype} for role, dtype in dtypes.items()}
+        overrides = text["spec"].setdefault("models", {})
+        for role, dtype in dtypes.items():
+            overrides.setdefault(role, {})["dtype"] = dtype
         definition = api.load_workflow(yaml.safe_dump(text))
         source = definition.spec.pipeline.source
         self.resolved = language.resolve(definition, sources.read_index(source.uri))
@@ -63,7 +65,10 @@ class InProcess:
 
     def start(self, case: Case) -> Any:
         _, given, rest = self.prepare(case)
-        return self.denoiser.start(given, **rest)
+        return self.denoiser.start(given, budget=self.budget(case), **rest)
+
+    def budget(self, case: Case) -> float | None:
+        return language.choose_budget(self.resolved, case.budget, self.facts["transformer"])
 
     @property
     def denoiser(self) -> Any:
@@ -89,6 +94,7 @@ def _wired(value: Any) -> Any:
 
 def _load_spec(ref: language.ModelRef) -> LoadSpec:
     path = sources.open(ref.uri).path
+    pruning = ref.options.get("pruning_uri")
     return LoadSpec(
         identity=ref.identity,
         family=ref.family,
@@ -99,6 +105,7 @@ def _load_spec(ref: language.ModelRef) -> LoadSpec:
         variant=ref.variant,
         class_name=ref.class_name,
         options=ref.options,
+        pruning_path=sources.open(pruning).path if pruning else None,
     )
 
 

@@ -221,8 +221,18 @@ class Pruning(Resource):
 
     artifact: Annotated[Source, Field(description="What the trainer wrote; merged at load.")]
     budget: Annotated[
-        Decimal, Field(description="Mean share of tokens kept, above 0 up to 1; a default.")
+        Decimal,
+        Field(
+            description="Mean share of tokens kept where a request names none: one of the "
+            "artifact's budgets, or 1 for all tokens."
+        ),
     ] = "1"
+    min_budget: Annotated[
+        Decimal | None, Field(description="The least that a request may ask for.")
+    ] = None
+    max_budget: Annotated[
+        Decimal | None, Field(description="The most that a request may ask for.")
+    ] = None
 
     rules = (
         Rule(
@@ -230,6 +240,20 @@ class Pruning(Resource):
             cel="double(self.budget) > 0.0 && double(self.budget) <= 1.0",
             message='budget is the mean share of tokens kept: above 0 and at most 1, such as "0.6"',
             holds=lambda p: 0 < float(p.budget) <= 1,
+        ),
+        Rule(
+            field="minBudget",
+            cel="!has(self.minBudget) || double(self.minBudget) <= double(self.budget)",
+            message="minBudget is above budget, where a request names none: raise budget, or "
+            "lower minBudget",
+            holds=lambda p: p.min_budget is None or float(p.min_budget) <= float(p.budget),
+        ),
+        Rule(
+            field="maxBudget",
+            cel="!has(self.maxBudget) || double(self.maxBudget) >= double(self.budget)",
+            message="maxBudget is below budget, where a request names none (1, where left out): "
+            "lower budget, or raise maxBudget",
+            holds=lambda p: p.max_budget is None or float(p.max_budget) >= float(p.budget),
         ),
     )
 

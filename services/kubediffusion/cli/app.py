@@ -78,6 +78,13 @@ Count = Annotated[
         "-n", min=1, max=64, help="Pictures, with seeds s, s+1, …", rich_help_panel=_DRAWING
     ),
 ]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        help="Mean share of tokens that a pruned transformer keeps; 1 for all.",
+        rich_help_panel=_DRAWING,
+    ),
+]
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE.png", help="Where the picture goes.")
 ]
@@ -129,6 +136,7 @@ def run(
     image: SourceImage = None,
     control: Controls = None,
     n: Count = 1,
+    budget: Budget = None,
     replicas: Replicas = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -138,7 +146,9 @@ def run(
         from kubediffusion.cli.inputs import Typed, read_replicas
         from kubediffusion.cli.run import run_here
 
-        typed = Typed(prompt, seed, steps, settings or (), lora or (), image, control or (), n)
+        typed = Typed(
+            prompt, seed, steps, settings or (), lora or (), image, control or (), n, budget
+        )
         run_here(file, typed, output, replicas=read_replicas(replicas or ()), as_json=as_json)
 
 
@@ -158,6 +168,7 @@ def generate(
     image: SourceImage = None,
     control: Controls = None,
     n: Count = 1,
+    budget: Budget = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -167,7 +178,9 @@ def generate(
         from kubediffusion.cli.remote import gateway_address
         from kubediffusion.cli.run import run_there
 
-        typed = Typed(prompt, seed, steps, settings or (), lora or (), image, control or (), n)
+        typed = Typed(
+            prompt, seed, steps, settings or (), lora or (), image, control or (), n, budget
+        )
         run_there(
             gateway_address(address), workflow, typed, output, as_json=as_json, api_key=api_key
         )

@@ -27,6 +27,7 @@ class Typed:
     image: Path | None = None
     controls: Sequence[str] = ()  # NAME=FILE
     count: int = 1
+    budget: float | None = None
 
 
 def read_inputs(typed: Typed, types: Mapping[str, str]) -> dict[str, object]:

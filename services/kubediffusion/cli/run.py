@@ -72,7 +72,7 @@ def run_here(
     resolved = resolve_files([file])[0]
     inputs = read_inputs(typed, {name: str(spec.type) for name, spec in resolved.inputs.items()})
     loras = read_loras(typed)
-    _check(resolved, inputs, loras)
+    _check(resolved, inputs, loras, typed.budget)
     destination = Destination(target, typed.count)
     result = shell.run_async(
         _run_here(resolved, inputs, loras, typed, destination, replicas, as_json, started)
@@ -80,13 +80,19 @@ def run_here(
     _show_result(result, as_json)
 
 
-def _check(resolved: ResolvedWorkflow, inputs: dict[str, object], loras: dict[str, float]) -> None:
+def _check(
+    resolved: ResolvedWorkflow,
+    inputs: dict[str, object],
+    loras: dict[str, float],
+    budget: float | None,
+) -> None:
     """What can be known to be wrong before anything is loaded."""
-    from kubediffusion.workflow import bind
+    from kubediffusion.workflow import bind, choose_budget
 
     # Defaults that come from a model are not known yet.
     known = replace(resolved, graph=replace(resolved.graph, defaults={}))
     bind(known, inputs, loras, {}, 0)
+    choose_budget(resolved, budget, {})
 
 
 async def _run_here(
@@ -103,7 +109,9 @@ async def _run_here(
     from kubediffusion.client.core import build_request
     from kubediffusion.local.runtime import LocalRuntime
 
-    request = build_request(resolved.name, "", inputs=inputs, loras=loras, n=typed.count)
+    request = build_request(
+        resolved.name, "", inputs=inputs, loras=loras, n=typed.count, budget=typed.budget
+    )
     if "seed" not in inputs:
         # A key of our own would give every run without a seed another one all the same.
         request.idempotency_key = ""
@@ -162,7 +170,9 @@ async def _run_there(
         loras = read_loras(typed)
         result = Result(chosen.name)
         with GenerationView(shell.notes(), typed.count, quiet=as_json) as view:
-            events = client.generate(chosen.name, inputs=inputs, loras=loras, n=typed.count)
+            events = client.generate(
+                chosen.name, inputs=inputs, loras=loras, n=typed.count, budget=typed.budget
+            )
             await _follow(events, view, destination, result)
     return result
 

@@ -79,7 +79,7 @@ class GenerateOptions(TypedDict, total=False):
     deadline: float  # seconds
     idempotency_key: str  # the same key gets the same images; a random one otherwise
     numerics: Literal["exact", "fast"]
-    budget: float  # mean keep ratio of a pruned model
+    budget: float | None  # mean keep ratio of a pruned model, 1 for all tokens; None: workflow's
     priority: int
     weight: float
     traceparent: str

@@ -39,8 +39,14 @@ class Order:
     def bind(self, facts: Mapping[str, Facts]) -> wf.Bound:
         return wf.bind(self.workflow, self.inputs, self.loras, facts, self.seed)
 
+    def budget(self, facts: Mapping[str, Facts]) -> float | None:
+        """The mean keep ratio that it runs at; None for all tokens. Raises InvalidInput."""
+        asked = self.request.budget if self.request.HasField("budget") else None
+        return wf.choose_budget(self.workflow, asked, facts.get("transformer", {}))
+
     def check(self, facts: Mapping[str, Facts]) -> None:
         """What can be said before all models were seen. Raises InvalidInput."""
+        self.budget(facts)
         try:
             self.bind(facts)
         except Unavailable:  # a default waits for its model
@@ -76,8 +82,6 @@ def _check_scalars(request: gateway_pb2.GenerateRequest, max_images: int) -> Non
         )
     if not math.isfinite(request.weight) or request.weight < 0:
         raise InvalidInput("a weight is a finite number from 0 up", field="weight")
-    if request.HasField("budget") and not 0 < request.budget <= 1:
-        raise InvalidInput("the budget is a share of tokens: above 0, at most 1", field="budget")
 
 
 def uploads(order: Order) -> list[tuple[str, bytes]]:
@@ -112,14 +116,18 @@ def plan_images(
     """Seeds s, s+1, ...; each image is a request of its own to the nodes."""
     plans: list[ImagePlan] = []
     common = _common(order)
+    budget = order.budget(facts)
+    if budget is not None:
+        common.budget = budget
     pixels = _pixels(bound.values)
+    share = wf.work_share(budget, facts.get("transformer", {}))
     output = order.workflow.graph.output
     result = (output.task, output.port)
     for index in range(order.images):
         image = bound.image(index)
         image_id = request_id if order.images == 1 else f"{request_id}-{index}"
         tasks = [
-            _planned(task, common, image_id, pixels)
+            _planned(task, common, image_id, pixels, share)
             for task in wf.expand(order.workflow, image, facts)
         ]
         plans.append(ImagePlan(image_id, index, image.seed, tasks, result))
@@ -134,7 +142,14 @@ def _common(order: Order) -> node_pb2.Assign:
         numerics = (
             node_pb2.NUMERICS_FAST if workflow.numerics == "fast" else node_pb2.NUMERICS_EXACT
         )
-    common = node_pb2.Assign(
+    compiled = [role for role, ref in workflow.models.items() if "compile" in ref.options]
+    if compiled and numerics == node_pb2.NUMERICS_EXACT:
+        raise InvalidInput(
+            f"{compiled[0]} of workflow {workflow.name} is compiled, and rounds otherwise than "
+            "diffusers; send numerics fast",
+            field="numerics",
+        )
+    return node_pb2.Assign(
         workflow=workflow.name,
         tenant=request.tenant,
         weight=request.weight or 1.0,
@@ -142,13 +157,12 @@ def _common(order: Order) -> node_pb2.Assign:
         numerics=numerics,
         traceparent=request.traceparent,
     )
-    budget = request.budget if request.HasField("budget") else workflow.budget
-    if budget is not None:
-        common.budget = budget
-    return common
 
 
-def _planned(task: wf.Task, common: node_pb2.Assign, request_id: str, pixels: float) -> PlannedTask:
+def _planned(
+    task: wf.Task, common: node_pb2.Assign, request_id: str, pixels: float, share: float
+) -> PlannedTask:
+    """`share` of a dense denoiser's work is done."""
     template = node_pb2.Assign()
     template.CopyFrom(common)
     template.key.request_id = request_id
@@ -181,7 +195,8 @@ def _planned(task: wf.Task, common: node_pb2.Assign, request_id: str, pixels: fl
         stage=task.stage,
         template=template,
         ports=ports,
-        units=units * max(task.steps, 1),
+        # Each budget is an amount of its own, whose time is measured apart.
+        units=units * (task.steps * share if task.steps else 1),
         steps=task.steps,
         helpers=task.controlnets,
         inputs=inputs,

@@ -50,6 +50,32 @@ class LoadSpec:
     class_name: str = ""
     device: str = "cpu"
     options: Mapping[str, str] = field(default_factory=dict[str, str])
+    # The folder of the pruning artifact that is merged into the weights.
+    pruning_path: Path | None = None
+    # Where compiled code is kept from one start to the next.
+    compile_cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a model has counted of itself since it was loaded."""
+
+    # Image tokens that came to blocks which could leave some out, and those that these computed.
+    tokens_seen: int = 0
+    tokens_kept: int = 0
+    # Graphs of torch.compile, and what making them took.
+    graphs: int = 0
+    compile_seconds: float = 0.0
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A `Model` that counts."""
+
+    @property
+    def measures(self) -> Measures:
+        """Read by the event loop, between any two lines of what the device's thread does."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -119,12 +145,17 @@ class Denoiser(Protocol):
         loras: Sequence[Lora] = (),
         resume: CheckpointState | None = None,
         controlnets: Sequence[tuple[str, Model]] = (),
+        budget: float | None = None,
     ) -> Denoising:
-        """`controlnets` by name, in the workflow's order; ports `control.<name>.latents`."""
+        """`controlnets` by name, in the workflow's order; ports `control.<name>.latents`.
+
+        `budget` is the mean share of tokens to keep, None for all of them. Raises InvalidInput,
+        field ``budget``, where the model cannot keep to it.
+        """
         ...
 
     def batch_key(self, denoising: Denoising) -> object:
-        """Denoisings with equal keys may share one forward in ``numerics: fast``."""
+        """Denoisings with equal keys may share their next step in ``numerics: fast``."""
         ...
 
     def advance(self, batch: Sequence[Denoising]) -> None:

@@ -108,6 +108,7 @@ class StandinDenoiser(Standin):
         loras: Sequence[Lora] = (),
         resume: CheckpointState | None = None,
         controlnets: Sequence[tuple[str, Model]] = (),
+        budget: float | None = None,
     ) -> StandinDenoising:
         steps = inputs.get("steps")
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
@@ -121,6 +122,8 @@ class StandinDenoiser(Standin):
             if isinstance(value, torch.Tensor | np.ndarray):
                 value = value.sum().item()
             state = (state * 31 + _digest(f"{name}={value!r}".encode())) % _MODULUS
+        if budget is not None:
+            state = (state * 31 + _digest(f"budget={budget}".encode())) % _MODULUS
         for lora in loras:
             state = (state * 31 + _digest(f"{lora.name}={lora.scale}".encode())) % _MODULUS
         return StandinDenoising(state, steps)

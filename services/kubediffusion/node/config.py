@@ -50,6 +50,8 @@ class NodeConfig:
     max_tasks: int = 256
     # Leases that may share a forward in ``numerics: fast``.
     max_batch: int = 8
+    # What compiled blocks are kept in from one start to the next; None: a folder of the user's own.
+    compile_cache: Path | None = None
     log_level: str = "INFO"
     log_json: bool = False
 
@@ -63,6 +65,15 @@ def thread_count(config: NodeConfig, environ: Mapping[str, str] | None = None) -
         return max(1, int(environ["OMP_NUM_THREADS"].split(",")[0]))
     except (KeyError, ValueError):
         return default_threads(config.device, len(os.sched_getaffinity(0)))
+
+
+def compile_cache(config: NodeConfig, environ: Mapping[str, str] | None = None) -> Path:
+    """The config's folder, or one in the user's cache."""
+    if config.compile_cache is not None:
+        return config.compile_cache
+    environ = os.environ if environ is None else environ
+    own = environ.get("XDG_CACHE_HOME")
+    return (Path(own) if own else Path.home() / ".cache") / "kubediffusion" / "compiled"
 
 
 def default_threads(device: str, cpus: int) -> int:

@@ -229,6 +229,7 @@ class Node:
     def _evicting(self, resident: Resident) -> None:
         for task in list(resident.tasks):
             self._stop(task, Stop.EVICT)
+        self.reporter.count_measures(resident)
 
     async def drain(self) -> None:
         """Takes nothing more, gives the leases back, and returns when no task is left."""

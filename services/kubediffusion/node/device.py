@@ -297,12 +297,10 @@ class Device:
                     (helper.name, resident.loaded)
                     for helper, resident in zip(lease.helpers, task.helpers, strict=True)
                 ],
+                task.assign.budget if task.assign.HasField("budget") else None,
             )
             if not task.exact:
-                task.batch_key = (
-                    task.resident.identity,
-                    denoiser.batch_key(task.denoising),
-                )
+                task.batch_key = (task.resident.identity, denoiser.batch_key(task.denoising))
         except Exception as error:
             self._fail(task, error)
             return False
@@ -363,6 +361,10 @@ class Device:
                 return
             if not stepped:
                 return
+            if task.batch_key is not None and task.resident.denoiser is not None:
+                # The next step may be of other shapes, as a pruned one's.
+                key = task.resident.denoiser.batch_key(denoising)
+                task.batch_key = (task.resident.identity, key)
             now = self._now()
             if now - task.told >= TELL_SECONDS:
                 task.told = now

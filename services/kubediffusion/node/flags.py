@@ -66,6 +66,7 @@ def _flags(environ: Mapping[str, str]) -> Flags:
     )
     add("max-tasks", at_least(1, int), plain.max_tasks, "tasks that may be here at once")
     add("max-batch", at_least(1, int), plain.max_batch, "leases that may share a forward")
+    add("compile-cache", Path, None, "keep compiled blocks here; ~/.cache/kubediffusion/compiled")
     add("log-level", log_level, plain.log_level, "DEBUG, INFO, WARNING or ERROR")
     add("log-json", boolean, False, "true: one JSON object a line")
     return flags

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from kubediffusion import artifacts
 from kubediffusion.errors import InvalidInput, UnsupportedModel
 from kubediffusion.models.base import Family
 from kubediffusion.node.tasks import Progress
@@ -43,6 +44,8 @@ class Files:
     path: Path
     pipeline_path: Path
     weights: Weights
+    # The folder of its pruning artifact.
+    pruning_path: Path | None = None
 
 
 class Library:
@@ -69,7 +72,22 @@ class Library:
             spec.uri, spec.revision, allow=_needed(spec.subfolder, spec.variant), progress=progress
         )
         path = source.path / spec.subfolder if spec.subfolder else source.path
-        return Files(path, source.path, inspect(path, spec.variant, spec.dtype))
+        weights = inspect(path, spec.variant, spec.dtype)
+        if not spec.options.get("pruning_uri"):
+            return Files(path, source.path, weights)
+        artifact = self._fetch_artifact(spec.options)
+        return Files(path, source.path, weights.merged(inspect(artifact)), artifact)
+
+    def _fetch_artifact(self, options: Mapping[str, str]) -> Path:
+        """The pruning artifact's folder, which holds its two files. Raises UnsupportedModel."""
+        uri, subfolder = options["pruning_uri"], options.get("pruning_subfolder", "")
+        _check_inside(subfolder)
+        own = f"{subfolder}/" if subfolder else ""
+        allow = (own + artifacts.MANIFEST, own + artifacts.WEIGHTS)
+        source = self._open(uri, options.get("pruning_revision", ""), allow=allow)
+        folder = source.path / subfolder if subfolder else source.path
+        artifacts.check_files(folder, uri)
+        return folder
 
     def fetch_lora(self, lora: node_pb2.LoraUse) -> Path:
         """The LoRA's file or folder. Blocking."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kubediffusion.node.device import Device
 from kubediffusion.node.residency import Residency
-from kubediffusion.node.tasks import Task
+from kubediffusion.node.tasks import Resident, Task
 from kubediffusion.telemetry.metrics import Children, NodeMetrics
 from kubediffusion.telemetry.tracing import configure as configure_tracing
 from kubediffusion.tensors import TensorStore
@@ -142,6 +142,23 @@ class Reporter:
             task.counted += new
             self._child(self._metrics.denoise_steps, task.assign.model).inc(new)
 
+    def count_measures(self, resident: Resident) -> None:
+        """What a model has counted of itself since the last time: also before it goes."""
+        if resident.measured is None:
+            return
+        metrics, model = self._metrics, resident.identity
+        before, now = resident.counted, resident.measured.measures
+        resident.counted = now
+        seen, kept = now.tokens_seen - before.tokens_seen, now.tokens_kept - before.tokens_kept
+        if seen:
+            self._child(metrics.image_tokens, model, "kept").inc(kept)
+            self._child(metrics.image_tokens, model, "skipped").inc(seen - kept)
+        if now.graphs:
+            metrics.compiled_graphs.labels(model).set(now.graphs)
+        spent = now.compile_seconds - before.compile_seconds
+        if spent:
+            self._child(metrics.compile_seconds, model).inc(spent)
+
     def _refresh(self) -> None:
         """The gauges are set when somebody looks, from the loop's thread as all that they tell."""
         loop = self._loop
@@ -169,6 +186,8 @@ class Reporter:
             metrics.tasks_queued.labels(*labels).set(present[labels] - running[labels])
             metrics.tasks_running.labels(*labels).set(running[labels])
         self._counted = set(present)
+        for resident in self._residency.measured():
+            self.count_measures(resident)
         metrics.tensors.set(report.tensors)
         metrics.tensor_bytes.set(report.tensor_bytes)
         metrics.tensor_held_bytes.set(self._store.stats().held_bytes)

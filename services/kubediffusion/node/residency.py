@@ -11,6 +11,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -87,6 +88,7 @@ class Residency:
         *,
         device_name: str = "cpu",
         memory_limit: int = 0,
+        compile_cache: Path | None = None,
         now: Callable[[], float],
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
@@ -99,6 +101,7 @@ class Residency:
         self._library = library
         self._metrics = metrics
         self._device_name = device_name
+        self._compile_cache = compile_cache
         self._now = now
         self._planner = ""
         self._planned: dict[str, node_pb2.ModelSpec] = {}
@@ -213,6 +216,10 @@ class Residency:
     @property
     def memory_used(self) -> int:
         return sum(r.status.nbytes for r in self._residents.values() if r.model is not None)
+
+    def measured(self) -> list[Resident]:
+        """The models that count something of themselves."""
+        return [r for r in self._residents.values() if r.measured is not None]
 
     def known_stages(self) -> set[tuple[str, str]]:
         return {(r.identity, stage) for r in self._residents.values() for stage in r.status.stages}
@@ -335,6 +342,8 @@ class Residency:
             class_name=spec.class_name,
             device=self._device_name,
             options=dict(spec.options),
+            pruning_path=files.pruning_path,
+            compile_cache=self._compile_cache,
         )
         begin = perf_counter()
         model = await self._device.call(lambda: _load(family, load_spec))

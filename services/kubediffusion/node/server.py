@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from kubediffusion import rpc, tensors
 from kubediffusion.errors import InvalidInput, Unavailable
-from kubediffusion.node.config import NodeConfig, thread_count
+from kubediffusion.node.config import NodeConfig, compile_cache, thread_count
 from kubediffusion.node.core import Node
 from kubediffusion.node.device import Device
 from kubediffusion.node.fingerprint import fingerprint
@@ -86,6 +86,7 @@ class NodeServer:
             metrics,
             device_name=config.device,
             memory_limit=config.memory_limit,
+            compile_cache=compile_cache(config),
             now=now,
             on_change=self._changed,
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kubediffusion.models.base import Denoiser, Denoising, Lora, Model
+from kubediffusion.models.base import Denoiser, Denoising, Lora, Measured, Measures, Model
 from kubediffusion.scheduling.order import Entry, Kind
 from kubediffusion.tensors import Scope
 from kubediffusion.v1alpha1 import node_pb2
@@ -54,6 +54,9 @@ class Resident:
     model: Model | None = None
     # The same model, if it is one: asked once, since asking takes as long as a small task.
     denoiser: Denoiser | None = None
+    # The same model, if it counts; and what of that the metrics have.
+    measured: Measured | None = None
+    counted: Measures = field(default_factory=Measures)
     progress: Progress = field(default_factory=Progress)
     attempts: int = 0
     retry_at: float = 0.0
@@ -79,6 +82,8 @@ class Resident:
     def hold(self, model: Model | None) -> None:
         self.model = model
         self.denoiser = model if isinstance(model, Denoiser) else None
+        self.measured = model if isinstance(model, Measured) else None
+        self.counted = Measures()
 
     def enter(self, task: Task) -> None:
         self.tasks.add(task)

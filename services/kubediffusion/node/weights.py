@@ -30,6 +30,11 @@ class Weights:
     digest: str
     nbytes: int
 
+    def merged(self, other: Weights) -> Weights:
+        """Of a model into which `other` is merged."""
+        both = hashlib.sha256(f"{self.digest}\0{other.digest}".encode())
+        return Weights(f"sha256:{both.hexdigest()}", self.nbytes + other.nbytes)
+
 
 def inspect(folder: Path, variant: str = "", dtype: str = "") -> Weights:
     """Of the safetensors files in `folder` (of one variant). Raises UnsupportedModel."""

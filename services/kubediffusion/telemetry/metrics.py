@@ -147,6 +147,19 @@ class NodeMetrics:
         self.model_failures = counter(
             "model_load_failures", "Models that could not be loaded.", "model", "reason"
         )
+        self.image_tokens = counter(
+            "image_tokens",
+            "Image tokens that came to the prunable blocks of pruned requests, by whether these "
+            "kept or skipped them.",
+            "model",
+            "outcome",
+        )
+        self.compiled_graphs = gauge(
+            "compiled_graphs", "Graphs of torch.compile that the model has.", "model"
+        )
+        self.compile_seconds = counter(
+            "compile_seconds", "Making them, before the model was ready and since.", "model"
+        )
         self.memory_limit_bytes = gauge("memory_limit_bytes", "What models may take together.")
         self.residency_generation = gauge(
             "residency_generation", "Generation of the plan that is carried out."
@@ -185,6 +198,7 @@ class NodeMetrics:
         for state in MODEL_STATES:
             _remove(self.model_state, model, state)
         _remove(self.model_resident_bytes, model)
+        _remove(self.compiled_graphs, model)
 
 
 class GatewayMetrics:

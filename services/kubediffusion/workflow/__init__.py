@@ -3,6 +3,7 @@
 """The workflow language: `resolve` a workflow once, `bind` and `expand` each request. Pure."""
 
 from kubediffusion.workflow.bind import bind, seed_from_key
+from kubediffusion.workflow.budget import choose_budget, work_share
 from kubediffusion.workflow.expand import expand
 from kubediffusion.workflow.resolve import resolve, sources
 from kubediffusion.workflow.revision import (
@@ -23,6 +24,7 @@ from kubediffusion.workflow.values import (
     ModelRef,
     PipelineIndex,
     PortRef,
+    Pruning,
     ResolvedWorkflow,
     Slo,
     Task,
@@ -40,12 +42,14 @@ __all__ = [
     "ModelRef",
     "PipelineIndex",
     "PortRef",
+    "Pruning",
     "ResolvedWorkflow",
     "Revision",
     "Slo",
     "Task",
     "Value",
     "bind",
+    "choose_budget",
     "decode",
     "encode",
     "expand",
@@ -54,4 +58,5 @@ __all__ = [
     "revision_name",
     "seed_from_key",
     "sources",
+    "work_share",
 ]

@@ -62,6 +62,8 @@ class Role:
     loras: bool = False
     # Fields of a model override, beyond how it is served, that the family's code carries out.
     options: frozenset[str] = frozenset()
+    # Modes of torch.compile that it offers besides none.
+    compile: tuple[str, ...] = ()
 
 
 Bind = Mapping[str, str]  # port of the denoiser -> name of the input that feeds it
@@ -203,7 +205,14 @@ SD3 = Family(
             "text_encoder": Role("text_encoder", True, ("CLIPTextModelWithProjection",), True),
             "text_encoder_2": Role("text_encoder_2", True, ("CLIPTextModelWithProjection",), True),
             "text_encoder_3": Role("text_encoder_3", False, ("T5EncoderModel",)),
-            "transformer": Role("transformer", True, ("SD3Transformer2DModel",), True),
+            "transformer": Role(
+                "transformer",
+                True,
+                ("SD3Transformer2DModel",),
+                True,
+                frozenset({"pruning"}),
+                ("default",),
+            ),
             "vae": Role("vae", True, ("AutoencoderKL",)),
         }
     ),

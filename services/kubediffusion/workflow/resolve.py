@@ -25,6 +25,7 @@ from kubediffusion.workflow.values import (
     InputType,
     LoraDecl,
     ModelRef,
+    Pruning,
     ResolvedWorkflow,
     Slo,
 )
@@ -91,7 +92,6 @@ class _Resolver:
         inputs = self._narrowed(declared, graph)
         used = {node.role for node in graph.nodes}
         used |= {role for role in models if role.startswith("controlnet.")}
-        pruning = spec.models["transformer"].pruning if "transformer" in spec.models else None
         return ResolvedWorkflow(
             name=self._name,
             family=self._family.name,
@@ -101,7 +101,7 @@ class _Resolver:
             loras=loras,
             slo=self._slo(),
             numerics=spec.numerics,
-            budget=float(pruning.budget) if pruning else None,
+            pruning=self._pruning(),
         )
 
     def _slo(self) -> Slo:
@@ -112,6 +112,14 @@ class _Resolver:
             float(slo.latency_scale) if slo.latency_scale else None,
             float(slo.deadline_seconds) if slo.deadline_seconds else None,
             float(slo.activation_timeout_seconds),
+        )
+
+    def _pruning(self) -> Pruning | None:
+        given = self._spec.models.get("transformer", ModelOverride()).pruning
+        if given is None:
+            return None
+        return Pruning(
+            float(given.budget), float(given.min_budget or 0), float(given.max_budget or 1)
         )
 
     def _commit(self, source: Source) -> str:
@@ -165,12 +173,28 @@ class _Resolver:
             if not override.enabled and (roles[name].required or name in optional):
                 message = "cannot be left out; only an optional model can"
                 raise InvalidWorkflow(message, field=f"{path}.enabled")
-            for option in ("attention_backend", "compile", "quantization", "tiling", "pruning"):
+            for option in ("attention_backend", "quantization", "tiling", "pruning"):
                 given = getattr(override, option)
-                if given not in (None, "", "none", False) and option not in roles[name].options:
+                if given not in (None, "", False) and option not in roles[name].options:
                     field = ModelOverride.model_fields[option].alias or option
                     message = f"the {self._family.name} family's {name} cannot do that; remove it"
                     raise InvalidWorkflow(message, field=f"{path}.{field}")
+            self._check_compile(override.compile, roles[name], name)
+
+    def _check_compile(self, mode: str, role: Role, name: str) -> None:
+        if mode == "none":
+            return
+        field = f"spec.models.{name}.compile"
+        if mode not in role.compile:
+            offered = ", ".join(("none", *role.compile))
+            message = f"the {self._family.name} family's {name} offers {offered}; use one of these"
+            raise InvalidWorkflow(message, field=field)
+        if self._spec.numerics == "exact":
+            message = (
+                "compiled code rounds otherwise than diffusers, which numerics: exact promises "
+                "to equal; set numerics: fast, or remove this"
+            )
+            raise InvalidWorkflow(message, field=field)
 
     def _ref(
         self,

@@ -110,6 +110,15 @@ class Slo:
 
 
 @dataclass(frozen=True, slots=True)
+class Pruning:
+    """Of a workflow whose transformer is pruned: mean keep ratios, where 1 is all tokens."""
+
+    budget: float  # where a request names none
+    minimum: float = 0.0
+    maximum: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class ResolvedWorkflow:
     """A workflow whose sources are pinned and whose graph is checked: ready to expand requests."""
 
@@ -121,7 +130,7 @@ class ResolvedWorkflow:
     loras: Mapping[str, LoraDecl]
     slo: Slo
     numerics: str  # exact, fast
-    budget: float | None  # default mean keep ratio of a pruned transformer; None is dense
+    pruning: Pruning | None = None  # None: the pipeline's own dense model
 
 
 @dataclass(frozen=True, slots=True)

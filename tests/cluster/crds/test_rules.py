@@ -143,6 +143,24 @@ CASES = {
         {f"{TRANSFORMER}.pruning.budget": "1.1"},
         "above 0 and at most 1",
     ),
+    "the least budget": Case(
+        WORKFLOW,
+        {f"{TRANSFORMER}.pruning.minBudget": "0.6"},
+        {f"{TRANSFORMER}.pruning.minBudget": "0.7"},
+        "minBudget is above budget",
+    ),
+    "the most budget": Case(
+        WORKFLOW,
+        {f"{TRANSFORMER}.pruning.maxBudget": "0.6"},
+        {f"{TRANSFORMER}.pruning.maxBudget": "0.5"},
+        "maxBudget is below budget",
+    ),
+    "the most budget where none is named": Case(
+        WORKFLOW,
+        {f"{TRANSFORMER}.pruning": {"artifact": {"uri": "hf://o/p"}, "maxBudget": "1"}},
+        {f"{TRANSFORMER}.pruning": {"artifact": {"uri": "hf://o/p"}, "maxBudget": "0.5"}},
+        "maxBudget is below budget",
+    ),
     "a model in a pool has no pods": Case(
         WORKFLOW,
         {"spec.models.vae": {"placement": {"pool": "p"}, "drainSeconds": 5}},

@@ -148,6 +148,7 @@ def test_offline_validation_leaves_the_sources_alone(file: Path) -> None:
         (("--lora", "style=much"), "--lora style: 'much' is not a number"),
         (("--lora", "other=1"), "loras.other"),
         (("--steps", "0"), "inputs.steps"),
+        (("--budget", "0.6"), "budget: workflow small prunes no tokens"),
         (("--replicas", "vae"), "--replicas: 'vae' is not of the form ROLE=N"),
         (("-o", "picture.jpg"), "-o: picture.jpg: pictures are PNG"),
         (("-o", "."), "is a folder"),

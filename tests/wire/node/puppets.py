@@ -103,6 +103,7 @@ class PuppetModel:
         self.spec, self.strings = spec, strings
         self.unloaded = False
         self.loras: list[Sequence[Lora]] = []
+        self.budgets: dict[str, float | None] = {}
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -138,8 +139,10 @@ class PuppetDenoiser(PuppetModel):
         loras: Sequence[Lora] = (),
         resume: CheckpointState | None = None,
         controlnets: Sequence[Any] = (),
+        budget: float | None = None,
     ) -> PuppetDenoising:
         label = str(inputs.get("label", "lease"))
+        self.budgets[label] = budget
         if resume is not None:
             latents = resume.tensors["latents"]
             return PuppetDenoising(label, latents, resume.step, resume.total_steps)

@@ -13,6 +13,7 @@ import torch
 from kubediffusion.errors import InvalidInput
 from kubediffusion.models.base import CheckpointState, PortValue
 from kubediffusion.models.preview import picture_of
+from kubediffusion.models.pruning import LeasePruning
 from kubediffusion.models.random import generator_of, state_of
 from kubediffusion.models.sd3.conditioning import Conditioning
 
@@ -34,6 +35,12 @@ class Sd3Denoising:
         self.timesteps = timesteps
         self.latents = latents
         self.generator = generator
+        # Noise levels in [0, 1], as numbers, since reading one off a device waits for it: of
+        # the whole grid, also where the request begins later or was resumed, and of its steps.
+        self.sigmas = _levels(scheduler, scheduler.timesteps)
+        self._own_sigmas = _levels(scheduler, timesteps)
+        # How many tokens it keeps, at which step; the denoiser says so.
+        self.pruning = LeasePruning(None, 0)
         self._step = step
         # What the last step started from: latents, velocity, timestep; for previews.
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -49,6 +56,11 @@ class Sd3Denoising:
     @property
     def timestep(self) -> torch.Tensor:
         return self.timesteps[self._step]
+
+    @property
+    def sigma(self) -> float:
+        """The noise level of the next step."""
+        return self._own_sigmas[self._step]
 
     def checkpoint(self) -> CheckpointState:
         tensors = {"latents": self.latents.clone(), "generator": state_of(self.generator)}
@@ -73,6 +85,10 @@ class Sd3Denoising:
         )[0]
         self.latents = self.latents.to(dtype)
         self._step += 1
+
+
+def _levels(scheduler: Any, timesteps: torch.Tensor) -> tuple[float, ...]:
+    return tuple((timesteps.double() / scheduler.config.num_train_timesteps).tolist())
 
 
 def resumed(

@@ -11,9 +11,10 @@ import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 from kubediffusion.errors import InvalidInput
-from kubediffusion.models.base import CheckpointState, LoadSpec, Lora, Model, PortValue
+from kubediffusion.models.base import CheckpointState, LoadSpec, Lora, Measures, Model, PortValue
 from kubediffusion.models.loading import load_module, nbytes_of
 from kubediffusion.models.lora import Adapters
+from kubediffusion.models.pruning import LeasePruning, Pruning
 from kubediffusion.models.random import generator_of
 from kubediffusion.models.sd3.conditioning import Conditioner
 from kubediffusion.models.sd3.denoising import Sd3Denoising, resumed
@@ -28,6 +29,7 @@ class Sd3Transformer:
     def __init__(self, spec: LoadSpec) -> None:
         self.spec = spec
         self._module: Any = load_module(spec, SD3Transformer2DModel)
+        self._pruning = Pruning(spec, self._module)  # before LoRAs
         self._adapters = Adapters(self._module, "transformer")
         self._conditioner = Conditioner(self._module)
         self._sampling = Sampling(spec, self._module)
@@ -36,11 +38,16 @@ class Sd3Transformer:
     def facts(self) -> Mapping[str, str | int | float | bool]:
         names = ("patch_size", "sample_size", "in_channels")
         names += ("pos_embed_max_size", "joint_attention_dim")
-        return {name: int(self._module.config[name]) for name in names}
+        own = {name: int(self._module.config[name]) for name in names}
+        return {**own, **self._pruning.facts}
+
+    @property
+    def measures(self) -> Measures:
+        return self._pruning.measures
 
     @property
     def nbytes(self) -> int:
-        return nbytes_of(self._module)
+        return nbytes_of(self._module) + self._pruning.nbytes
 
     def run(
         self, stage: str, inputs: Mapping[str, PortValue], loras: Sequence[Lora] = ()
@@ -48,7 +55,7 @@ class Sd3Transformer:
         raise InvalidInput(f"a transformer has no one-shot stage {stage!r}", field="stage")
 
     def unload(self) -> None:
-        del self._module, self._adapters, self._conditioner
+        del self._module, self._adapters, self._conditioner, self._pruning
 
     def start(
         self,
@@ -56,31 +63,50 @@ class Sd3Transformer:
         loras: Sequence[Lora] = (),
         resume: CheckpointState | None = None,
         controlnets: Sequence[tuple[str, Model]] = (),
+        budget: float | None = None,
     ) -> Sd3Denoising:
         """Raises InvalidInput naming the port at fault."""
         with torch.inference_mode():
             conditioning = self._conditioner.read(inputs, loras, controlnets)
             scheduler, timesteps = self._sampling.schedule(inputs)
             if resume is not None:
-                return resumed(conditioning, scheduler, timesteps, resume, self._module.device)
-            given = inputs.get("init.generator")
-            generator = generator_of(given if given is not None else inputs.get("seed"))
-            latents = self._sampling.first_latents(inputs, scheduler, timesteps, generator)
-            # diffusers' sampler draws from the global generator, if at all: decision 0001.
-            sampler = generator_of(inputs.get("seed"))
-            return Sd3Denoising(conditioning, scheduler, timesteps, latents, sampler)
+                denoising = resumed(conditioning, scheduler, timesteps, resume, self._module.device)
+            else:
+                given = inputs.get("init.generator")
+                generator = generator_of(given if given is not None else inputs.get("seed"))
+                latents = self._sampling.first_latents(inputs, scheduler, timesteps, generator)
+                # diffusers' sampler draws from the global generator, if at all: decision 0001.
+                sampler = generator_of(inputs.get("seed"))
+                denoising = Sd3Denoising(conditioning, scheduler, timesteps, latents, sampler)
+            denoising.pruning = self._prune(denoising, budget)
+            return denoising
+
+    def _prune(self, denoising: Sd3Denoising, budget: float | None) -> LeasePruning:
+        height, width = denoising.latents.shape[-2:]
+        patch = self._module.config.patch_size
+        return self._pruning.of(
+            budget,
+            sigmas=denoising.sigmas,
+            tokens=(height // patch) * (width // patch),
+            guided=denoising.conditioning.branches == 2,
+        )
 
     def batch_key(self, denoising: Any) -> object:
-        """Equal keys share a forward. ControlNets have one scale a call: such leases go alone."""
+        """Equal keys share a forward. ControlNets have one scale a call: such leases go alone.
+        Pruned ones share where both keep as many tokens in each block."""
         c = denoising.conditioning
         if c.controls:
             return denoising
         loras = tuple((lora.path, lora.weight_name, lora.scale) for lora in c.loras)
-        return (c.embeds.shape, denoising.latents.shape, denoising.latents.dtype, loras)
+        row = None
+        if denoising.step < denoising.total_steps:
+            row = denoising.pruning.row(denoising.sigma)
+        return (c.embeds.shape, denoising.latents.shape, denoising.latents.dtype, loras, row)
 
     def advance(self, batch: Sequence[Any]) -> None:
         self._adapters.use(batch[0].conditioning.loras)
-        with torch.inference_mode():
+        members = [(denoising.pruning, denoising.sigma) for denoising in batch]
+        with torch.inference_mode(), self._pruning.step(members):
             if len(batch) == 1:
                 batch[0].apply(self._velocity(batch[0]))
             else:
