@@ -131,7 +131,7 @@ def test_speed_is_told_beside_flops(trained: Path, tmp_path: Path) -> None:
     assert [row["budget"] for row in rows] == [None, 0.8, 0.6, 0.4]
     flops = [row["flops"] for row in rows]
     assert flops == sorted(flops, reverse=True)
-    assert flops[2] < 0.75 * flops[0]
+    assert flops[2] < 0.85 * flops[0]  # of 120 tokens 56 are text, and all of these stay
 
 
 def test_the_log_is_in_tensorboard_too(trained: Path) -> None:
