@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -23,6 +24,9 @@ REFILL_SECONDS = 300.0
 # Objects and words that are remembered; the oldest are forgotten.
 REMEMBERED = 4096
 MAX_NOTE = 1024
+# Events that wait to be posted; beyond these the oldest are dropped.
+WAITING = 256
+POSTS_AT_ONCE = 2
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -31,7 +35,10 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """`reporter` is this process, as events name it: the pod's name."""
+    """Posts beside whoever records: an API server that does not take events delays nothing else.
+
+    `reporter` is this process, as events name it: the pod's name.
+    """
 
     def __init__(
         self,
@@ -47,20 +54,45 @@ class Recorder:
         self._wall = wall
         self._told: OrderedDict[tuple[str, str, str], float] = OrderedDict()
         self._budgets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._waiting: deque[tuple[str, Object]] = deque(maxlen=WAITING)
+        self._posting: set[asyncio.Task[None]] = set()
 
-    async def record(self, namespace: str, event: EventRecord) -> bool:
-        """Posts it, unless it was told lately or too much was told of that object.
+    def record(self, namespace: str, event: EventRecord) -> bool:
+        """Has it posted soon, unless it was told lately or too much was told of that object.
 
         An event that cannot be posted is dropped: conditions say the same, and last.
         """
         if not self._wanted(event):
             return False
-        try:
-            await self._writer.post_event(namespace, self._event(namespace, event))
-        except KubeDiffusionError as error:
-            log.info("event %s on %s: %s", event.reason, event.about.name, error)
-            return False
+        self._waiting.append((namespace, self._event(namespace, event)))
+        if len(self._posting) < min(POSTS_AT_ONCE, len(self._waiting)):
+            task = asyncio.create_task(self._post(), name="events")
+            self._posting.add(task)
+            task.add_done_callback(self._posting.discard)
         return True
+
+    async def posted(self) -> None:
+        """Returns when none is waiting."""
+        while self._posting:
+            await asyncio.wait(self._posting)
+
+    async def stop(self) -> None:
+        """What is not posted yet is not any more."""
+        self._waiting.clear()
+        for task in self._posting:
+            task.cancel()
+        await asyncio.gather(*self._posting, return_exceptions=True)
+
+    async def _post(self) -> None:
+        while self._waiting:
+            namespace, event = self._waiting.popleft()
+            try:
+                await self._writer.post_event(namespace, event)
+            except KubeDiffusionError as error:
+                name = event["regarding"]["name"]
+                log.info("event %s on %s: %s", event["reason"], name, error)
+            except Exception:  # the others are posted all the same
+                log.exception("event %s", event["reason"])
 
     def _wanted(self, event: EventRecord) -> bool:
         now = self._now()

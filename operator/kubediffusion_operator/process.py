@@ -46,6 +46,8 @@ class Operator:
         self.writer = Writer(api, self.cluster, self.metrics)
         self.resolver = Resolver(self._mark, self.metrics)
         self.residency = Residency(self._mark, self.metrics, now=now)
+        reporter = os.environ.get("POD_NAME") or socket.gethostname()
+        self._recorder = Recorder(self.writer, reporter, now=now)
         scaler = self.writer.as_manager(SCALER)
         self._prometheus = Prometheus.configured(config.prometheus)
         self._autoscaler = Autoscaler(config, self.cluster, scaler, self.metrics, self._prometheus)
@@ -54,7 +56,7 @@ class Operator:
             self.cluster,
             self.writer,
             scaler,
-            Recorder(self.writer, os.environ.get("POD_NAME") or socket.gethostname(), now=now),
+            self._recorder,
             self.resolver,
             self.residency,
             self.metrics,
@@ -92,6 +94,7 @@ class Operator:
         await self.queue.stop()
         await self.resolver.stop()
         await self.residency.stop()
+        await self._recorder.stop()
         await self._health_server.stop()
         if self._metrics_server is not None:
             self._metrics_server.close()

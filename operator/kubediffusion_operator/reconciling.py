@@ -28,6 +28,7 @@ from kubediffusion_operator.planning.types import (
     Object,
     Observed,
     Plan,
+    PlanningError,
     Ref,
     ScaleWrite,
 )
@@ -105,6 +106,7 @@ class Reconciler:
         self._holds = Holds()
         self._caches: dict[str, PlanCache] = {}
         self._refused: dict[str, Mapping[tuple[str, str], str]] = {}
+        self._errors: dict[str, frozenset[PlanningError]] = {}
 
     async def reconcile(self, namespace: str) -> float | None:
         """Seconds after which to come back; None: when something happens.
@@ -132,6 +134,7 @@ class Reconciler:
         with self._metrics.plan_seconds.time():
             # In a thread: a namespace of hundreds of workflows takes long enough to miss a probe.
             wanted = await asyncio.to_thread(self._plan, observed, cache)
+        self._tell_errors(namespace, wanted)
         done = await self._carry_out(observed, wanted)
         self._refused[namespace] = done.refused
         if done.trouble is not None:
@@ -140,6 +143,16 @@ class Reconciler:
             return 0.0  # what was written may ask for more: until a plan is empty
         done.rest_at_most(wanted.requeue_after)
         return done.rest
+
+    def _tell_errors(self, namespace: str, wanted: Plan) -> None:
+        """What planning did not understand: once, until it is another error."""
+        known = self._errors.pop(namespace, frozenset())
+        for error in wanted.errors:
+            if error not in known:
+                named = error.about.kind, namespace, error.about.name
+                log.error("planning %s %s/%s failed\n%s", *named, error.traceback)
+        if wanted.errors:
+            self._errors[namespace] = frozenset(wanted.errors)
 
     def _observe(self, namespace: str) -> Observed:
         def copy(kind: str) -> dict[str, Object]:
@@ -160,6 +173,7 @@ class Reconciler:
     def _forget(self, namespace: str) -> None:
         self._caches.pop(namespace, None)
         self._refused.pop(namespace, None)
+        self._errors.pop(namespace, None)
         self._holds.forget(namespace)
 
     def expire(self) -> None:
@@ -180,8 +194,8 @@ class Reconciler:
             for (kind, name), status in wanted.status.items()
         )
         for event in wanted.events:
-            await self._recorder.record(observed.namespace, event)
-        self._residency.send(observed.namespace, wanted.residency)
+            self._recorder.record(observed.namespace, event)
+        self._residency.send(observed.namespace, [*wanted.residency, *wanted.looks])
         for workflow in wanted.resolve:
             self._resolver.want(observed.namespace, workflow)
         if wanted.writes:
@@ -265,7 +279,7 @@ class Reconciler:
         except KubeDiffusionError as error:
             if write.on_existing and isinstance(error, ApiError) and error.status == NOT_FOUND:
                 return  # it went meanwhile; a watch will tell
-            await self._failed(done, write, about, error)
+            self._failed(done, write, about, error)
             return
         if not self._holds.wrote(key, write.digest, write.before, after, self._now()):
             done.written += 1
@@ -273,9 +287,7 @@ class Reconciler:
         done.rest_at_most(self._holds.wait(key, write.digest, after, self._now()))
         log.warning("%s %s/%s: the API server does not keep what is written", *_named(key))
 
-    async def _failed(
-        self, done: _Round, write: _Write, about: Ref, error: KubeDiffusionError
-    ) -> None:
+    def _failed(self, done: _Round, write: _Write, about: Ref, error: KubeDiffusionError) -> None:
         lost_token = isinstance(error, ApiError) and error.status == UNAUTHORIZED
         if passes(error) or lost_token or not isinstance(error, ApiError):
             done.trouble = done.trouble or error
@@ -287,7 +299,7 @@ class Reconciler:
         if write.on_existing:
             message = f"the API server refuses {write.what} {write.name}: {error.message}"
             event = EventRecord(about, "Warning", "WriteRefused", message)
-            await self._recorder.record(done.namespace, event)
+            self._recorder.record(done.namespace, event)
         else:
             # The plan tells it, where the user looks.
             done.refused[write.what, write.name] = error.message

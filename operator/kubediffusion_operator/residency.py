@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import cast
 
 import grpc
@@ -18,6 +19,7 @@ from google.protobuf import json_format
 from kubediffusion import rpc
 from kubediffusion.telemetry.metrics import OperatorMetrics
 from kubediffusion.v1alpha1 import node_pb2, node_pb2_grpc
+from kubediffusion_operator.planning.residency import loras_in
 from kubediffusion_operator.planning.types import (
     ModelReport,
     ModelState,
@@ -57,11 +59,13 @@ class Residency:
         metrics: OperatorMetrics,
         *,
         now: Callable[[], float],
+        wall: Callable[[], datetime] = lambda: datetime.now(UTC),
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._on_report = on_report
         self._metrics = metrics
         self._now = now
+        self._wall = wall
         self._jitter = jitter
         self._pods: dict[str, _Pod] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
@@ -120,9 +124,15 @@ class Residency:
 
     async def _send(self, pod: _Pod) -> None:
         write = pod.wanted
-        async with self._slots:
-            report = await self._call(write, pod.report)
-        pod.task = None
+        try:
+            async with self._slots:
+                report = await self._call(write, pod.report)
+        except Exception as error:  # a bug of ours must not end the asking
+            log.exception("pod %s: its answer cannot be read", write.pod)
+            text = f"its answer cannot be read: {type(error).__name__}: {error}"
+            report = ResidencyReport(write.restarts, 0, error=text)
+        finally:
+            pod.task = None
         if report.error:
             pod.failures += 1
             pause = min(PAUSE_FIRST * 2 ** min(pod.failures - 1, 16), PAUSE_MOST)
@@ -144,14 +154,15 @@ class Residency:
             request = json_format.ParseDict(dict(write.content), node_pb2.SetResidencyRequest())
         except json_format.ParseError as error:
             return ResidencyReport(write.restarts, 0, error=f"no plan for a node: {error}")
+        asked = self._wall().replace(microsecond=0).isoformat().replace("+00:00", "Z")
         channel = rpc.connect(write.address)
         stub = node_pb2_grpc.ModelNodeStub(channel)
         try:
             answer = await stub.SetResidency(request, timeout=CALL_SECONDS)
             if known is not None and known.memory_limit:
-                return _report(write.restarts, answer, known.memory_limit)
+                return _report(write, answer, known.memory_limit, asked)
             node = await stub.Describe(node_pb2.DescribeRequest(), timeout=CALL_SECONDS)
-            return _report(write.restarts, answer, node.memory_limit)
+            return _report(write, answer, node.memory_limit, asked)
         except grpc.aio.AioRpcError as error:
             text = error.details() or error.code().name
             log.debug("pod %s: SetResidency: %s", write.pod, text)
@@ -175,10 +186,15 @@ async def _generation_of(stub: node_pb2_grpc.ModelNodeStub) -> int:
 
 
 def _report(
-    restarts: int, answer: node_pb2.SetResidencyResponse, memory_limit: int
+    write: ResidencyWrite,
+    answer: node_pb2.SetResidencyResponse,
+    memory_limit: int,
+    asked: str,
 ) -> ResidencyReport:
+    loras = {str(spec["identity"]): loras_in(spec) for spec in write.content["models"]}
     return ResidencyReport(
-        restarts=restarts,
+        restarts=write.restarts,
+        answered=asked,
         generation=answer.generation,
         memory_limit=memory_limit,
         models=tuple(
@@ -189,6 +205,8 @@ def _report(
                 message=model.message,
                 nbytes=model.nbytes,
                 digest=model.digest,
+                tasks=model.tasks if model.HasField("tasks") else None,
+                loras=loras.get(model.identity, frozenset()),
             )
             for model in answer.models
         ),
@@ -196,5 +214,5 @@ def _report(
 
 
 def _state(state: int) -> ModelState:
-    name = node_pb2.ModelState.Name(cast(node_pb2.ModelState, state))
-    return cast(ModelState, name.removeprefix("MODEL_STATE_"))
+    """UNSPECIFIED for one that only a newer node knows."""
+    return cast(ModelState, rpc.word_of(node_pb2.ModelState, state, "MODEL_STATE_"))

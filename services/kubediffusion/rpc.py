@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote, unquote
 
 import grpc
@@ -29,6 +29,8 @@ import grpc.aio
 from kubediffusion import errors
 from kubediffusion.errors import KubeDiffusionError
 
+# The number of an enum's value that only a newer peer knows, as a word.
+UNKNOWN_WORD = "UNSPECIFIED"
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 # Headers have a limit of 8 KiB in all; a message longer than this is cut.
 MAX_STATUS_CHARS = 2048
@@ -66,6 +68,19 @@ SERVER_OPTIONS: Options = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
+
+
+class Enum(Protocol):
+    """An enum of the protos, as protobuf generates it."""
+
+    def keys(self) -> Sequence[str]: ...
+    def values(self) -> Sequence[Any]: ...
+
+
+def word_of(enum: Enum, number: int, prefix: str) -> str:
+    """``READY`` of ``MODEL_STATE_READY``; UNSPECIFIED for a value that only a newer peer knows."""
+    names = {int(value): key for key, value in zip(enum.keys(), enum.values(), strict=True)}
+    return names.get(number, UNKNOWN_WORD).removeprefix(prefix)
 
 
 def connect(address: str) -> grpc.aio.Channel:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageDraw
 
 from tests.e2e.figures import Figures
 from tests.e2e.release import EXAMPLE, PROMPT, Release
@@ -25,14 +28,12 @@ ROLES = {
 }
 
 
-@pytest.fixture(scope="module")
-def local_image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def drawn_here(folder: Path, *options: str | Path) -> bytes:
     """What `kubediffusion run` draws on this machine, with as many threads as the pods have."""
-    file = tmp_path_factory.mktemp("local") / "local.png"
+    file = folder / "local.png"
     command = [Path(sys.executable).with_name("kubediffusion"), "run", "-f", EXAMPLE]
-    options = ["--prompt", PROMPT, "--seed", "7", "-o", file]
     done = subprocess.run(
-        [*command, *options],
+        [*command, "--prompt", PROMPT, "--seed", "7", "-o", file, *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -41,6 +42,23 @@ def local_image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     )
     assert done.returncode == 0, done.stdout
     return file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def local_image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return drawn_here(tmp_path_factory.mktemp("local"))
+
+
+@pytest.fixture(scope="module")
+def edges() -> bytes:
+    """A control picture: the outlines of a circle above a square, as a PNG."""
+    picture = Image.new("RGB", (128, 128))
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((40, 12, 88, 60), outline="white", width=2)
+    draw.rectangle((40, 72, 88, 120), outline="white", width=2)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_the_example_is_applied_and_draws_what_the_local_runtime_draws(
@@ -66,6 +84,23 @@ def test_kubectl_shows_that_all_is_well(release: Release) -> None:
     assert {tuple(line.split()[1:5]) for line in models[1:]} == {("1", "1", "1", "Ready")}
     assert len(models) == 1 + len(ROLES)
     assert "all its models can be used" in release.kubectl("describe", "dwf", "tiny-sd3")
+
+
+def test_a_controlnet_helps_on_its_transformers_node(
+    release: Release, local_image: bytes, edges: bytes, tmp_path: Path
+) -> None:
+    release.serve_example()
+    file = tmp_path / "edges.png"
+    file.write_bytes(edges)
+    expected = drawn_here(tmp_path, "--control", f"edges={file}")
+    image = base64.b64encode(edges).decode()
+    assert release.draw("tiny-sd3", control={"edges": {"image": image}}) == expected
+    assert expected != local_image
+    models = release.models("tiny-sd3")
+    helper, host = models["controlnet.edges"], models["transformer"]
+    assert release.kube.get("DiffusionModel", helper)["status"]["hostedBy"] == [host]
+    assert len(release.model_pods(host)) == 1
+    assert not release.model_pods(helper)
 
 
 def test_helm_test_draws_an_image(release: Release) -> None:

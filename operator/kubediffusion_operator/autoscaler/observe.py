@@ -27,6 +27,7 @@ from kubediffusion_operator.autoscaler.prometheus import PrometheusUnavailable
 from kubediffusion_operator.autoscaler.reading import Reading, demand_of
 from kubediffusion_operator.config import OperatorConfig
 from kubediffusion_operator.planning.failures import is_ready, of_deployment, of_pod
+from kubediffusion_operator.planning.hosting import helps
 from kubediffusion_operator.planning.models import replicas_of
 from kubediffusion_operator.planning.names import (
     MODEL,
@@ -122,6 +123,9 @@ def observe(
 
 def _limits(model: Object, config: OperatorConfig) -> Limits | Left:
     scaling: Mapping[str, Any] | None = model["spec"].get("scaling")
+    if helps(model):
+        why = "it runs on the nodes of the models in status.hostedBy, and scales with them"
+        return Left(model, "CoHosted" if scaling is not None else "", why)
     if scaling is None:  # as kubectl scale sets them; there is nothing to say about it
         return Left(model)
     if scaling.get("mode") == "external":
@@ -280,6 +284,8 @@ def _reserved(
     total = 0
     known: set[tuple[str, str]] = set()
     for name, model in found.models.items():
+        if helps(model):  # it is on GPUs that are counted with its hosts
+            continue
         known.add((MODEL, name))
         if (name in left or is_going(model)) and not model["spec"].get("placement"):
             asked = 0 if is_going(model) else replicas_of(model).wanted

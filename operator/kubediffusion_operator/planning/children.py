@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, cast
 
 from kubediffusion_operator.config import OperatorConfig, Peer
@@ -25,6 +26,7 @@ from kubediffusion_operator.planning.pods import pod_template
 from kubediffusion_operator.planning.types import Object
 
 RESIDENCY_KEY = "residency.json"
+SINCE_KEY = "since"
 # A model of many gigabytes may have to be downloaded before its first pod is ready.
 PROGRESS_DEADLINE_SECONDS = 1800
 REPLICA_SETS_KEPT = 2
@@ -38,7 +40,8 @@ class Nodes:
     """What the children of one model or pool are made from.
 
     `owner` is the DiffusionModel or ModelPool, `name` all its children's. `content` is the plan
-    that a model's own nodes begin with. `downloads`: weights come from the hub.
+    that a model's own nodes begin with, `since` when it became so; `helpers` are the other models
+    in it. `downloads`: weights come from the hub.
     """
 
     owner: Object
@@ -50,6 +53,8 @@ class Nodes:
     downloads: bool = True
     memory_limit: int = 0
     content: Mapping[str, Any] | None = None
+    since: str = ""
+    helpers: Sequence[Object] = ()
 
 
 def children(nodes: Nodes, config: OperatorConfig) -> list[Object]:
@@ -73,6 +78,15 @@ def content_in(configmap: Object | None) -> dict[str, Any] | None:
     return cast("dict[str, Any]", content) if isinstance(content, dict) else None
 
 
+def since_in(configmap: Object | None) -> str:
+    """When the plan in a model's ConfigMap became so, where it says that."""
+    data: Mapping[str, str] = part(configmap or {}, "data")
+    try:
+        return datetime.fromisoformat(data.get(SINCE_KEY, "")).isoformat().replace("+00:00", "Z")
+    except ValueError:
+        return ""
+
+
 def _object(nodes: Nodes, api_version: str, kind: str, **fields: Any) -> Object:
     return {
         "apiVersion": api_version,
@@ -88,7 +102,8 @@ def _object(nodes: Nodes, api_version: str, kind: str, **fields: Any) -> Object:
 
 def _configmap(nodes: Nodes, content: Mapping[str, Any]) -> Object:
     text = json.dumps(content, indent=1, sort_keys=True)
-    return _object(nodes, "v1", "ConfigMap", data={RESIDENCY_KEY: text})
+    data = {RESIDENCY_KEY: text} | ({SINCE_KEY: nodes.since} if nodes.since else {})
+    return _object(nodes, "v1", "ConfigMap", data=data)
 
 
 def _service(nodes: Nodes) -> Object:
@@ -135,6 +150,7 @@ def _deployment(nodes: Nodes, config: OperatorConfig) -> Object:
         drain_seconds=nodes.drain_seconds,
         configmap=nodes.name if nodes.content is not None else "",
         memory_limit=nodes.memory_limit,
+        helpers=[part(helper["spec"], "resources") for helper in nodes.helpers],
     )
     rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
     return _object(

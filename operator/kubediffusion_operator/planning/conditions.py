@@ -59,5 +59,23 @@ def written(
     return entries, events
 
 
+def unplanned(
+    about: Object, known: Mapping[str, Any], why: str, now: str
+) -> tuple[Object, list[EventRecord]]:
+    """The status of an object that cannot be planned: what is `known` of it, and that it is not
+    Ready. Gateways go on with the revision that it names."""
+    failed = Condition("Ready", "False", "PlanningFailed", why, "Warning")
+    (entry,), events = written(about, [failed], now)
+    kept = [each for each in items(known, "conditions") if each.get("type") != failed.type]
+    conditions = sorted([*kept, entry], key=lambda each: str(each.get("type")))
+    status: Object = {
+        **known,
+        "observedGeneration": generation_of(about),
+        "reason": failed.reason,
+        "conditions": conditions,
+    }
+    return status, events
+
+
 def shortened(text: str, limit: int = MAX_MESSAGE) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"

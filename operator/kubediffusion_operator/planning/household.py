@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from kubediffusion_operator.planning.cache import PlanCache
 from kubediffusion_operator.planning.children import Nodes, children, downloads
@@ -19,9 +21,10 @@ from kubediffusion_operator.planning.names import (
     pool_labels,
     uid_of,
 )
+from kubediffusion_operator.planning.pods import room_of
 from kubediffusion_operator.planning.podtemplate import BadFragmentError
 from kubediffusion_operator.planning.pools import PoolPlan
-from kubediffusion_operator.planning.residency import own_content, report_of, write_to
+from kubediffusion_operator.planning.residency import look_at, own_content, report_of, write_to
 from kubediffusion_operator.planning.scene import Scene, is_held
 from kubediffusion_operator.planning.standing import Standing, child
 from kubediffusion_operator.planning.types import Object, ResidencyWrite
@@ -35,12 +38,15 @@ class Household:
     children: list[Object] = field(default_factory=list[Object])
     kept: set[str] = field(default_factory=set[str])
     residency: list[ResidencyWrite] = field(default_factory=list[ResidencyWrite])
+    looks: list[ResidencyWrite] = field(default_factory=list[ResidencyWrite])
+    # Seconds until models that nodes could not load are tried again.
+    retries: list[float] = field(default_factory=list[float])
 
 
 def household(scene: Scene, cache: PlanCache) -> Household:
     made = Household()
     for name, found in scene.standings.items():
-        if name in scene.unwanted or not found.named_right:
+        if name in scene.unwanted or not found.named_right or found.helper:
             continue
         if pool_of(found.model) and not _moves(scene, found):
             continue
@@ -63,7 +69,8 @@ def _alone(made: Household, scene: Scene, found: Standing, cache: PlanCache) -> 
     pods = scene.pods.get(name, ())
     reports = [r for pod in pods if (r := report_of(pod, observed.residency)) is not None]
     configmap = child(model, name, observed.configmaps)
-    content = own_content(model, configmap, reports)
+    helpers = scene.hosting.helpers.get(name, ())
+    told = own_content(model, helpers, configmap, reports, observed.now)
     nodes = Nodes(
         owner=model,
         name=name,
@@ -71,8 +78,10 @@ def _alone(made: Household, scene: Scene, found: Standing, cache: PlanCache) -> 
         replicas=0 if name in scene.retiring else found.replicas.wanted,
         drain_seconds=drain_seconds(model),
         recreate=name in scene.shared and scene.shared[name].replace,
-        downloads=downloads(model),
-        content=content,
+        downloads=any(downloads(each) for each in (model, *helpers)),
+        content=told.content,
+        since=told.since,
+        helpers=helpers,
     )
     objects = _children(made, scene, nodes, cache, found)
     if is_held(scene, name):
@@ -80,10 +89,29 @@ def _alone(made: Household, scene: Scene, found: Standing, cache: PlanCache) -> 
         found.reason = "WaitingForOldModels"
         found.message = "the workflow's strategy is Replace: the old models' pods go first"
     made.children += objects
+    made.retries += [told.retry_in] if told.retry_in is not None else []
+    room = next((room_of(_template(each)) for each in objects if each["kind"] == "Deployment"), "")
     for pod in pods:
-        write = write_to(pod, content, observed.residency)
-        made.residency += [write] if write is not None else []
+        # One without the memory for all of them goes when another has come in its place.
+        if room_of(pod) == room:
+            watched = not scene.watched.isdisjoint((name, *map(name_of, helpers)))
+            _tell(made, scene, pod, told.content, watched=watched)
     return True
+
+
+def _template(deployment: Object) -> Object:
+    return deployment["spec"]["template"]
+
+
+def _tell(
+    made: Household, scene: Scene, pod: Object, content: Mapping[str, Any], *, watched: bool
+) -> None:
+    """What it was not told yet; where its tasks are waited for, what it knows once more."""
+    write = write_to(pod, content, scene.observed.residency)
+    if write is not None:
+        made.residency.append(write)
+    elif watched and (look := look_at(pod, content)) is not None:
+        made.looks.append(look)
 
 
 def _children(
@@ -97,6 +125,8 @@ def _children(
         nodes.replicas,
         nodes.recreate,
         digest(nodes.content),
+        nodes.since,
+        digest([each["spec"].get("resources") for each in nodes.helpers]),
     )
     try:
         return cache.get(key, lambda: children(nodes, scene.observed.config))
@@ -123,6 +153,6 @@ def _pool(made: Household, scene: Scene, plan: PoolPlan, cache: PlanCache) -> bo
     )
     made.children += _children(made, scene, nodes, cache, None)
     for name, pod in plan.nodes.items():
-        write = write_to(pod, plan.content(name), scene.observed.residency)
-        made.residency += [write] if write is not None else []
+        watched = not scene.watched.isdisjoint(plan.hosts(name))
+        _tell(made, scene, pod, plan.content(name), watched=watched)
     return True

@@ -23,6 +23,7 @@ from kubediffusion_operator.planning.standing import Standing, child, last_failu
 from kubediffusion_operator.planning.types import EventRecord, Object, Observed
 
 MAX_USERS = 256
+MAX_HOSTS = 256
 _AS_EXPECTED = Condition("Degraded", "False", "AsExpected")
 
 
@@ -43,6 +44,7 @@ def model_status(
             "name one source in both workflows, and they share one model"
         )
         wanted.append(Condition("EqualWeights", "True", "SharedByName", text, "Warning"))
+    wanted += _hosted(found)
     conditions, events = written(model, wanted, now)
     status: Object = {
         "observedGeneration": generation_of(model),
@@ -58,10 +60,32 @@ def model_status(
     extra = {
         "digest": found.digest,
         "nbytes": found.nbytes,
+        "hostedBy": list(found.at)[:MAX_HOSTS],
         "lastFailure": last_failure(model, found.failure, now),
     }
     clamped = _clamped(found)
     return status | {k: v for k, v in extra.items() if v}, events + clamped
+
+
+def _hosted(found: Standing) -> list[Condition]:
+    """Of a model without nodes of its own: whose they are, and what its spec says of nodes for
+    nothing."""
+    if not found.at:
+        return []
+    spec = found.model["spec"]
+    idle = [f"spec.{name}" for name in _OF_NODES if spec.get(name) is not None]
+    asked = found.replicas.asked
+    if asked is not None and asked != found.replicas.wanted:
+        idle.append("spec.replicas")
+    text = f"it runs on the nodes of {', '.join(found.at)}, and has as many as there are of these"
+    if not idle:
+        return [Condition("CoHosted", "True", "OnHostsNodes", text)]
+    text += f"; {' and '.join(idle)} change nothing: scale and place what it runs beside"
+    return [Condition("CoHosted", "True", "FieldsIgnored", text, "Warning")]
+
+
+# Fields of a ModelSpec that say something of nodes.
+_OF_NODES = ("scaling", "placement", "podTemplate")
 
 
 def _clamped(found: Standing) -> list[EventRecord]:
@@ -119,9 +143,7 @@ def pool_status(
         "planGeneration": plan.generation,
         "planHash": plan.hash,
         "planTime": plan.time,
-        "plan": [
-            {"model": model, "nodes": list(nodes)} for model, nodes in plan.placed.plan.items()
-        ],
+        "plan": [{"model": model, "nodes": list(nodes)} for model, nodes in plan.plan.items()],
         "conditions": conditions,
     }
     last = last_failure(pool, failure, now)
@@ -138,8 +160,9 @@ def _pool_ready(desired: int, ready: int, failure: Failure | None) -> Condition:
 
 
 def _applied(plan: PoolPlan) -> Condition:
-    if plan.placed.left:
-        names = ", ".join(plan.placed.left)
+    crowded = {helper for several in plan.placed.without.values() for helper in several}
+    if crowded or plan.placed.left:
+        names = ", ".join(sorted({*crowded, *plan.placed.left}))
         text = f"no node has room for {names}; raise replicas or memoryLimit"
         return Condition("PlanApplied", "False", "DoesNotFit", text, "Warning")
     failed = sorted(model for model in plan.models if plan.failure_of(model) is not None)

@@ -15,6 +15,8 @@ MODEL = f"{GROUP}/model"
 POOL = f"{GROUP}/pool"
 WORKFLOW = f"{GROUP}/workflow"
 APPLIED = f"{GROUP}/applied"
+# Of a pod: what was added to its resources for ControlNets.
+HELPERS = f"{GROUP}/helpers"
 
 OURS = "kubediffusion"
 NODE = "model-node"

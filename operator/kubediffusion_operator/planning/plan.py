@@ -9,9 +9,12 @@ the next plan goes on from what has come of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TypeAlias
 
 from kubediffusion_operator.planning.cache import PlanCache
+from kubediffusion_operator.planning.conditions import unplanned
 from kubediffusion_operator.planning.diff import needs_write
 from kubediffusion_operator.planning.household import Household, household
 from kubediffusion_operator.planning.model_status import model_status, pool_status, twins
@@ -21,11 +24,13 @@ from kubediffusion_operator.planning.names import (
     is_ours,
     items,
     name_of,
+    pool_child,
     ref_of,
     status_of,
     uid_of,
 )
 from kubediffusion_operator.planning.revisions import orphans, surplus
+from kubediffusion_operator.planning.rollout import Rollout
 from kubediffusion_operator.planning.scene import Scene, gather
 from kubediffusion_operator.planning.types import (
     EventRecord,
@@ -50,6 +55,8 @@ _ORDER = (
     "PodDisruptionBudget",
     "Deployment",
 )
+# A status, and the events that come with it.
+Told: TypeAlias = tuple[Object, list[EventRecord]]
 # What a status holds that others write: the autoscaler.
 _THEIRS = frozenset({"scalingHistory"})
 _THEIR_CONDITIONS = frozenset({"MetricsAvailable", "ScalingActive"})
@@ -69,6 +76,7 @@ def plan(observed: Observed, cache: PlanCache | None = None) -> Plan:
     _tell(result, scene)
     _residency(result, scene, made)
     result.resolve = [history.workflow for history in scene.histories if history.resolve]
+    result.errors = list(scene.errors.values())
     cache.turn()
     return result
 
@@ -84,7 +92,10 @@ def _write(result: Plan, scene: Scene, made: Household, cache: PlanCache) -> Non
     result.scale = [
         ScaleWrite(found.name, uid_of(found.model), found.replicas.wanted)
         for name, found in scene.standings.items()
-        if found.replicas.asked is None and found.named_right and name not in scene.unwanted
+        if found.replicas.asked is None
+        and found.named_right
+        and not found.helper
+        and name not in scene.unwanted
     ]
 
 
@@ -128,18 +139,25 @@ def _remove(result: Plan, scene: Scene, made: Household) -> None:
     owners = {uid_of(owner) for owner in (*observed.models.values(), *observed.pools.values())}
     going = {ref.uid for ref in gone}
     kept = {(child["kind"], name_of(child)) for child in made.children}
+    left_alone = made.kept | _unplanned(scene)
     for objects in _children(observed):
         for found in objects.values():
             owner = controller_of(found)
             # The garbage collector takes the children of what is gone.
             collected = bool(owner) and (owner not in owners or owner in going)
-            if (found["kind"], name_of(found)) in kept or name_of(found) in made.kept:
+            if (found["kind"], name_of(found)) in kept or name_of(found) in left_alone:
                 continue
             if collected:
                 continue
             if is_ours(found) and not is_going(found):
                 gone.append(ref_of(found))
     result.delete = gone
+
+
+def _unplanned(scene: Scene) -> set[str]:
+    """Names of the children of models and pools that cannot be planned."""
+    own = {name for kind, name in scene.errors if kind == "DiffusionModel"}
+    return own | {pool_child(name) for kind, name in scene.errors if kind == "ModelPool"}
 
 
 def _children(observed: Observed) -> list[Objects]:
@@ -154,31 +172,55 @@ def _children(observed: Observed) -> list[Objects]:
 
 def _tell(result: Plan, scene: Scene) -> None:
     """Statuses that say something new, and their events."""
-    observed = scene.observed
-    told: list[tuple[Object, tuple[Object, list[EventRecord]]]] = []
+    for about, make in _statuses(scene):
+        known = _ours_of(status_of(about))
+        key = about["kind"], name_of(about)
+        made = scene.guarded(about, make) if key not in scene.errors else None
+        if made is None:
+            made = unplanned(about, known, scene.errors[key].message, scene.observed.now)
+        status, events = made
+        if known != status:
+            result.status[key] = status
+            result.events += events
+
+
+def _statuses(scene: Scene) -> Iterator[tuple[Object, Callable[[], Told]]]:
+    """What there is to say of each object."""
+    observed, now = scene.observed, scene.observed.now
     for rollout in scene.rollouts:
         workflow = rollout.history.workflow
-        conflicts = scene.conflicts.get(name_of(workflow), ())
-        status = workflow_status(
-            rollout,
-            scene.standings,
-            conflicts,
-            observed.config,
-            observed.namespace,
-            observed.now,
-        )
-        told.append((workflow, status))
+        yield workflow, partial(_of_workflow, scene, rollout)
     equal = twins(scene.standings)
     for name, found in scene.standings.items():
         users = scene.shared[name].users if name in scene.shared else []
-        told.append((found.model, model_status(found, users, equal.get(name, ""), observed.now)))
+        yield found.model, partial(model_status, found, users, equal.get(name, ""), now)
     for name, each in scene.pools.items():
-        told.append((each.pool, pool_status(each, scene.bad_pools.get(name), observed)))
-    for about, (status, events) in told:
-        if _ours_of(status_of(about)) != status:
-            result.status[about["kind"], name_of(about)] = status
-            result.events += events
-    result.events += scene.events
+        yield each.pool, partial(pool_status, each, scene.bad_pools.get(name), observed)
+    planned = {name_of(rollout.history.workflow) for rollout in scene.rollouts}
+    for kind, name in scene.errors:
+        objects, known = {
+            "DiffusionWorkflow": (observed.workflows, planned),
+            "DiffusionModel": (observed.models, scene.standings),
+            "ModelPool": (observed.pools, scene.pools),
+        }[kind]
+        if name not in known:
+            yield objects[name], _nothing
+
+
+def _nothing() -> Told:
+    raise AssertionError("nobody asks for more than the error of what has one")
+
+
+def _of_workflow(scene: Scene, rollout: Rollout) -> Told:
+    observed = scene.observed
+    return workflow_status(
+        rollout,
+        scene.standings,
+        scene.conflicts.get(name_of(rollout.history.workflow), ()),
+        observed.config,
+        observed.namespace,
+        observed.now,
+    )
 
 
 def _ours_of(status: Mapping[str, object]) -> dict[str, object]:
@@ -194,8 +236,9 @@ def _ours_of(status: Mapping[str, object]) -> dict[str, object]:
 
 
 def _residency(result: Plan, scene: Scene, made: Household) -> None:
-    result.residency = made.residency
+    result.residency, result.looks = made.residency, made.looks
     waits = [POLL_SECONDS] if made.residency else []
+    waits += made.retries
     waits += [r.remaining for r in scene.rollouts if r.remaining is not None]
     waits += [each.retry_in for each in scene.pools.values() if each.retry_in is not None]
     result.requeue_after = min(waits, default=None)

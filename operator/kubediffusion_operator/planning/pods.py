@@ -4,13 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
+from kubediffusion.api.serving import quantity
 from kubediffusion_operator.config import OperatorConfig
 from kubediffusion_operator.planning.names import (
     CONTAINER,
     GRPC_PORT,
+    HELPERS,
     METRICS_PORT,
     items,
     part,
@@ -21,6 +25,8 @@ from kubediffusion_operator.planning.podtemplate import merged
 USER = 65532  # "nonroot" of the images
 CACHE = "/cache"
 RESIDENCY = "/etc/kubediffusion/residency.json"
+# What a model occupies as long as it is there.
+ROOM = ("memory", "ephemeral-storage")
 # After its drain a node closes its streams and exits.
 GRACE_AFTER_DRAIN = 10
 
@@ -33,12 +39,14 @@ def pod_template(
     drain_seconds: int,
     configmap: str = "",
     memory_limit: int = 0,
+    helpers: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Ours, under the configuration's node defaults, under the object's own podTemplate.
 
     `spec` is a ModelSpec or a PoolSpec. With `configmap` the node begins with the plan in it, and
     exits when all of that failed for good; without, it is ready and waits for one. `memory_limit`
-    is in bytes. Raises BadFragmentError.
+    is in bytes. `helpers` are the `resources` of the other models in the plan: their memory is
+    added to the node's. Raises BadFragmentError.
     """
     alone = bool(configmap)
     volumes: list[dict[str, Any]] = [
@@ -79,6 +87,7 @@ def pod_template(
     for fragment in (config.node_defaults, spec.get("podTemplate") or {}):
         template = merged(template, fragment)
     _ask_for_device(config, template)
+    _make_room(template, helpers)
     # A Deployment finds its pods by these, and the operator its own.
     theirs: Mapping[str, str] = template["metadata"].get("labels") or {}
     template["metadata"]["labels"] = {**theirs, **labels}
@@ -187,3 +196,45 @@ def _weights(config: OperatorConfig) -> dict[str, Any]:
             claim["readOnly"] = True
         return {"persistentVolumeClaim": claim}
     return {"emptyDir": {"sizeLimit": weights.size_limit} if weights.size_limit else {}}
+
+
+def room_of(pod_or_template: Mapping[str, Any]) -> str:
+    """What a pod has, or is to have, for helpers beside its model's own resources."""
+    return str(part(part(pod_or_template, "metadata"), "annotations").get(HELPERS, ""))
+
+
+def _make_room(template: dict[str, Any], helpers: Sequence[Mapping[str, Any]]) -> None:
+    """Adds what helpers occupy. What they compute with, CPUs and accelerator, the denoiser has
+    already: they use it in turn. A limit that nobody has set is not set for their sake."""
+    node = next(each for each in template["spec"]["containers"] if each["name"] == CONTAINER)
+    given = part(node, "resources")
+    limits, requests = dict(part(given, "limits")), dict(part(given, "requests"))
+    added: list[str] = []
+    for name in ROOM:
+        most = _sum(name, helpers, ("limits", "requests"))
+        least = _sum(name, helpers, ("requests", "limits"))
+        if not most + least:
+            continue
+        # As the API server does: whoever asks for nothing asks for its limit.
+        before = requests.get(name, limits.get(name, "0"))
+        requests[name] = _in_mebibytes(quantity(str(before)) + least)
+        if name in limits:
+            limits[name] = _in_mebibytes(quantity(str(limits[name])) + most)
+        added.append(f"{name}={_in_mebibytes(least)}/{_in_mebibytes(most)}")
+    if added:
+        node["resources"] = {**given, "requests": requests} | ({"limits": limits} if limits else {})
+        annotations: Mapping[str, str] = template["metadata"].get("annotations") or {}
+        template["metadata"]["annotations"] = {**annotations, HELPERS: ",".join(added)}
+
+
+def _sum(name: str, helpers: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Decimal:
+    """Of each helper the first of these that it names."""
+    said = [
+        next((part(each, kind)[name] for kind in kinds if name in part(each, kind)), 0)
+        for each in helpers
+    ]
+    return sum((quantity(str(each)) for each in said), Decimal())
+
+
+def _in_mebibytes(nbytes: Decimal) -> str:
+    return f"{math.ceil(nbytes / 2**20)}Mi"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 from kubediffusion.api.serving import quantity
@@ -15,22 +14,29 @@ from kubediffusion_operator.planning.failures import Failure, of_report
 from kubediffusion_operator.planning.models import node_spec, replicas_of
 from kubediffusion_operator.planning.names import PLANNER, items, name_of, status_of
 from kubediffusion_operator.planning.placement import Item, Placed, place
-from kubediffusion_operator.planning.residency import is_done, is_running, is_usable, report_of
+from kubediffusion_operator.planning.residency import (
+    RETRY_SECONDS,
+    is_done,
+    is_running,
+    is_usable,
+    report_of,
+    seconds_between,
+)
 from kubediffusion_operator.planning.types import ModelReport, Object, ResidencyReport
-
-# Nodes try a model that failed again when a new plan comes; so often a new one is made for it.
-RETRY_SECONDS = 600
 
 
 @dataclass
 class PoolPlan:
-    """`nodes` are the pods that models can be on; `models` all that are placed in the pool."""
+    """`nodes` are the pods that models can be on; `models` all that are placed in the pool, and
+    the helpers that come along."""
 
     pool: Object
     pods: Sequence[Object]
     nodes: Mapping[str, Object]
     models: Mapping[str, Object]
     placed: Placed
+    # The nodes of each model that has some, of the helpers too.
+    plan: Mapping[str, Sequence[str]]
     generation: int = 0
     hash: str = ""
     # Since when it is the plan.
@@ -48,19 +54,23 @@ class PoolPlan:
     def failed(self) -> bool:
         return any(said.state == "FAILED" for name in self.models for said in self.said_of(name))
 
+    def has_no_room(self, helper: str, host: str) -> bool:
+        return helper in self.placed.without.get(host, ())
+
     def hosts(self, pod: str) -> list[str]:
-        return [model for model, nodes in self.placed.plan.items() if pod in nodes]
+        return [model for model, nodes in self.plan.items() if pod in nodes]
 
     def content(self, pod: str) -> dict[str, Any]:
         """What the pod is told: a SetResidencyRequest in protobuf's JSON."""
         specs = [node_spec(self.models[model]) for model in self.hosts(pod)]
         return {"generation": str(self.generation), "planner": PLANNER, "models": specs}
 
-    def said_of(self, model: str) -> list[ModelReport]:
-        """What the nodes that the model is planned on say of it."""
+    def said_of(self, model: str, host: str = "") -> list[ModelReport]:
+        """What the nodes that the model is planned on say of it; only those of `host`, if named."""
         return [
             said
-            for pod in self.placed.plan.get(model, ())
+            for pod in self.plan.get(model, ())
+            if not host or pod in self.placed.plan.get(host, ())
             if (report := self.reports.get(pod)) is not None
             for said in report.models
             if said.identity == model
@@ -82,9 +92,13 @@ def planned(
     pods: Sequence[Object],
     residency: Mapping[str, ResidencyReport],
     now: str,
+    helpers: Mapping[str, Sequence[Object]] | None = None,
 ) -> PoolPlan:
-    """The plan of one pool. `models` are those placed in it, `pods` those with its label."""
+    """The plan of one pool. `models` are those placed in it, `pods` those with its label, and
+    `helpers` the models that have to be where a model is, by its name."""
     known = {name_of(model): model for model in models}
+    helping = {name: (helpers or {}).get(name, ()) for name in known}
+    named = {name: [name_of(each) for each in helping[name]] for name in known}
     before = _plan_in(pool)
     hosting = {node for nodes in before.values() for node in nodes}
     nodes = {name_of(p): p for p in pods if is_usable(p, hosting=name_of(p) in hosting)}
@@ -94,16 +108,35 @@ def planned(
         if (report := report_of(pod, residency)) is not None
     }
     items = [
-        Item(name, min(replicas_of(model).wanted, max(1, len(nodes))), _size(model, reports))
+        Item(
+            name,
+            min(replicas_of(model).wanted, max(1, len(nodes))),
+            _size(model, reports),
+            {name_of(each): _size(each, reports) for each in helping[name]},
+        )
         for name, model in known.items()
     ]
     limits = {
         name: (reports[name].memory_limit if name in reports else 0) or memory_limit(pool)
         for name in nodes
     }
-    result = PoolPlan(pool, pods, nodes, known, place(items, limits, before), reports=reports)
+    known = known | {name_of(each): each for several in helping.values() for each in several}
+    placed = place(items, limits, before)
+    plan = _with_helpers(placed, named)
+    result = PoolPlan(pool, pods, nodes, known, placed, plan, reports=reports)
     _count(result, now)
     return result
+
+
+def _with_helpers(
+    placed: Placed, helpers: Mapping[str, Sequence[str]]
+) -> Mapping[str, Sequence[str]]:
+    found = {model: set(nodes) for model, nodes in placed.plan.items()}
+    for host, nodes in placed.plan.items():
+        for helper in helpers[host]:
+            if helper not in placed.without.get(host, ()):
+                found.setdefault(helper, set()).update(nodes)
+    return {model: sorted(found[model]) for model in sorted(found)}
 
 
 def _count(plan: PoolPlan, now: str) -> None:
@@ -144,10 +177,3 @@ def is_settled(plan: PoolPlan) -> bool:
         for name, pod in plan.nodes.items()
         if is_running(pod)
     )
-
-
-def seconds_between(before: str, now: str) -> float:
-    """Of two times as the API server writes them; an empty one is long ago."""
-    if not before:
-        return float("inf")
-    return (datetime.fromisoformat(now) - datetime.fromisoformat(before)).total_seconds()

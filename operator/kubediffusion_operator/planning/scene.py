@@ -5,13 +5,15 @@ pools, and models that nobody wants any more."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from kubediffusion_operator.planning.cache import PlanCache
 from kubediffusion_operator.planning.failures import Failure
-from kubediffusion_operator.planning.models import pool_of, wanted_object
+from kubediffusion_operator.planning.hosting import Hosting, helper_standing, helps, hosted
+from kubediffusion_operator.planning.models import node_spec, pool_of, wanted_object
 from kubediffusion_operator.planning.names import (
     MODEL,
     POOL,
@@ -25,11 +27,12 @@ from kubediffusion_operator.planning.names import (
     uid_of,
 )
 from kubediffusion_operator.planning.pools import PoolPlan, planned
+from kubediffusion_operator.planning.residency import loras_in
 from kubediffusion_operator.planning.revisions import History, by_workflow, history
-from kubediffusion_operator.planning.rollout import Rollout, rolled
+from kubediffusion_operator.planning.rollout import Rollout, let_end, rolled
 from kubediffusion_operator.planning.sharing import Conflict, Shared, shared, unheard
 from kubediffusion_operator.planning.standing import Standing, child, standing
-from kubediffusion_operator.planning.types import EventRecord, Object, Objects, Observed
+from kubediffusion_operator.planning.types import Object, Objects, Observed, PlanningError
 
 T = TypeVar("T")
 
@@ -41,6 +44,7 @@ class Scene:
     observed: Observed
     # Pods of models, by the model's name.
     pods: Mapping[str, list[Object]]
+    hosting: Hosting = field(default_factory=Hosting)
     pools: dict[str, PoolPlan] = field(default_factory=dict[str, PoolPlan])
     # Of the models that are there, by name.
     standings: dict[str, Standing] = field(default_factory=dict[str, Standing])
@@ -57,57 +61,105 @@ class Scene:
     bad_pools: dict[str, Failure] = field(default_factory=dict[str, Failure])
     # uids of workflows that could not be followed: what they have stays.
     blind: set[str] = field(default_factory=set[str])
-    events: list[EventRecord] = field(default_factory=list[EventRecord])
+    # Models whose nodes have to say what tasks are left.
+    watched: set[str] = field(default_factory=set[str])
+    # What could not be planned, by (kind, name).
+    errors: dict[tuple[str, str], PlanningError] = field(
+        default_factory=dict[tuple[str, str], PlanningError]
+    )
 
     @property
     def histories(self) -> list[History]:
         return [rollout.history for rollout in self.rollouts]
 
     def guarded(self, about: Object, make: Callable[[], T]) -> T | None:
-        """An object that nobody foresaw must not stop the others; it is told so."""
+        """An object that nobody foresaw must not stop the others; its condition says so, and what
+        it has stays as it is."""
         try:
             return make()
         except Exception as error:
-            text = f"planning failed: {type(error).__name__}: {error}; please report it"
-            self.events.append(EventRecord(ref_of(about), "Warning", "PlanningFailed", text))
+            text = (
+                f"this version of the operator cannot plan it ({type(error).__name__}: {error}): "
+                "what was there before stays; undo the last change, and please report the "
+                "traceback in the operator's log"
+            )
+            ref = ref_of(about)
+            self.errors[ref.kind, ref.name] = PlanningError(ref, text, traceback.format_exc())
             return None
 
 
 def gather(observed: Observed, cache: PlanCache) -> Scene:
     scene = Scene(observed, _pods_by(MODEL, observed.pods))
+    histories = _histories(scene, cache)
+    models = _present(observed.models)
+    scene.hosting = hosted(histories, models, scene.blind, cache)
     _plan_pools(scene)
-    for model in _present(observed.models):
+    # Models with nodes of their own first: those on these nodes stand as they do.
+    for model in sorted(models, key=helps):
         found = scene.guarded(model, lambda model=model: _stand(scene, model, cache))
         if found is not None:
             scene.standings[found.name] = found
-    revisions = by_workflow(observed)
-    for workflow in _present(observed.workflows):
-        known = revisions.get(uid_of(workflow), ())
+    scene.standings = {name: scene.standings[name] for name in sorted(scene.standings)}
+    for each in histories:
         found = scene.guarded(
-            workflow,
-            lambda workflow=workflow, known=known: rolled(
-                history(workflow, known, observed, cache), scene.standings, observed.now
-            ),
+            each.workflow, lambda each=each: rolled(each, scene.standings, observed.now)
         )
-        if found is None or found.newest is None:
-            scene.blind.add(uid_of(workflow))
-        if found is not None:
+        if found is None:
+            scene.blind.add(uid_of(each.workflow))
+        else:
             scene.rollouts.append(found)
+    _drain(scene)
     _share(scene, cache)
     _part(scene)
     return scene
 
 
+def _histories(scene: Scene, cache: PlanCache) -> list[History]:
+    observed, found = scene.observed, list[History]()
+    revisions = by_workflow(observed)
+    for workflow in _present(observed.workflows):
+        known = revisions.get(uid_of(workflow), ())
+        each = scene.guarded(
+            workflow,
+            lambda workflow=workflow, known=known: history(workflow, known, observed, cache),
+        )
+        if each is None or each.newest is None:
+            scene.blind.add(uid_of(workflow))
+        if each is not None:
+            found.append(each)
+    return found
+
+
+def _drain(scene: Scene) -> None:
+    for rollout in scene.rollouts:
+        if rollout.draining:
+            others = [k for each in scene.rollouts if each is not rollout for k in each.wanted]
+            scene.guarded(
+                rollout.history.workflow,
+                lambda rollout=rollout, others=others: let_end(
+                    rollout, others, scene.standings, scene.observed.now
+                ),
+            )
+            scene.watched |= rollout.watched
+
+
 def is_held(scene: Scene, name: str) -> bool:
     """A model that waits for old ones to go: they and it are one workflow's, which says so."""
     model = scene.shared.get(name)
-    if model is None or not model.replace or not scene.retiring:
+    if model is None or not model.replace:
         return False
     owner = scene.standings[name].model
     if child(owner, name, scene.observed.deployments) is not None:
         return False
     users = {uid_of(workflow) for workflow in model.workflows}
-    return any(users & _owners(old) for old in scene.retiring.values())
+    if any(users & _owners(old) for old in scene.retiring.values()):
+        return True
+    # The old ones' last requests are ending: see `draining`.
+    return any(
+        uid_of(rollout.history.workflow) in users and any(e.going for e in rollout.draining)
+        for rollout in scene.rollouts
+        if rollout.replace
+    )
 
 
 def _present(objects: Objects) -> list[Object]:
@@ -127,7 +179,8 @@ def _plan_pools(scene: Scene) -> None:
     observed = scene.observed
     members: dict[str, list[Object]] = {}
     for model in _present(observed.models):
-        members.setdefault(pool_of(model), []).append(model)
+        if not helps(model):
+            members.setdefault(pool_of(model), []).append(model)
     pods = _pods_by(POOL, observed.pods)
     for pool in _present(observed.pools):
         name = name_of(pool)
@@ -139,6 +192,7 @@ def _plan_pools(scene: Scene) -> None:
                 pods.get(name, ()),
                 observed.residency,
                 observed.now,
+                scene.hosting.helpers,
             ),
         )
         if found is not None:
@@ -146,6 +200,11 @@ def _plan_pools(scene: Scene) -> None:
 
 
 def _stand(scene: Scene, model: Object, cache: PlanCache) -> Standing:
+    if helps(model):
+        hosts = {
+            name: scene.standings.get(name) for name in scene.hosting.hosts.get(name_of(model), ())
+        }
+        return helper_standing(model, hosts, scene.observed, scene.pods, scene.pools, cache)
     pods = scene.pods.get(name_of(model), ())
     return standing(model, scene.observed, pods, scene.pools, cache)
 
@@ -161,9 +220,14 @@ def _share(scene: Scene, cache: PlanCache) -> None:
     for name, model in scene.shared.items():
         there = scene.observed.models.get(name)
         if there is not None and not is_ours(there):
-            lost = unheard(model)
+            lost = unheard(model, loras_in(node_spec(there)))
         else:
-            scene.wanted[name], lost = wanted_object(model, cache)
+            made = scene.guarded(
+                model.workflows[0], lambda model=model: wanted_object(model, cache)
+            )
+            if made is None:
+                continue
+            scene.wanted[name], lost = made
         for conflict in lost:
             scene.conflicts.setdefault(conflict.workflow, []).append(conflict)
 

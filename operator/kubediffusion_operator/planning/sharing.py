@@ -9,7 +9,7 @@ nothing: a workflow that comes later neither restarts nor moves what another one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,10 +19,11 @@ from kubediffusion.api.identity import canonical_uri
 from kubediffusion.api.serving import ModelOverride
 from kubediffusion.api.workflow import DiffusionWorkflow
 from kubediffusion.workflow import LoraDecl, ModelRef
+from kubediffusion.workflow.colocation import hosts_of, is_helper
 from kubediffusion_operator.planning.cache import PlanCache
 from kubediffusion_operator.planning.names import age_key, name_of
 from kubediffusion_operator.planning.revisions import Known
-from kubediffusion_operator.planning.types import Object
+from kubediffusion_operator.planning.types import LoraKey, Object
 
 MAX_LORAS = 1024  # of one model, as its CRD says
 # Of these the oldest workflow decides.
@@ -40,6 +41,10 @@ class Use:
     # Of the revision that the workflow should serve, not of one that goes.
     newest: bool
     replace: bool
+    # Of a model without nodes of its own: the role whose nodes it is on, and the fields of
+    # `override` that would be about nodes.
+    host: str = ""
+    idle: tuple[str, ...] = ()
 
 
 @dataclass
@@ -67,7 +72,7 @@ class Shared:
     @property
     def replace(self) -> bool:
         """All its users want the old to go before the new comes."""
-        return all(use.replace for use in self.uses)
+        return all(use.replace for use in _spoken(self.uses))
 
 
 def shared(wanted: Iterable[tuple[Object, Known, bool]], cache: PlanCache) -> dict[str, Shared]:
@@ -76,20 +81,41 @@ def shared(wanted: Iterable[tuple[Object, Known, bool]], cache: PlanCache) -> di
     ordered = sorted(wanted, key=lambda each: (age_key(each[0]), not each[2]))
     for workflow, known, newest in ordered:
         key = ("uses", workflow["metadata"].get("uid"), known.revision.name)
-        for role, ref, override in cache.get(key, lambda known=known: _roles(known)):
+        for said in cache.get(key, lambda known=known: _roles(known)):
             replace = known.definition.spec.strategy == "Replace"
-            use = Use(workflow, role, ref, override, newest, replace)
-            found.setdefault(ref.identity, Shared(ref.identity)).uses.append(use)
+            use = Use(workflow, said.role, said.ref, said.override, newest, replace, *said.hosted)
+            found.setdefault(said.ref.identity, Shared(said.ref.identity)).uses.append(use)
     return found
 
 
-def _roles(known: Known) -> list[tuple[str, ModelRef, ModelOverride]]:
+@dataclass(frozen=True, slots=True)
+class _Role:
+    role: str
+    ref: ModelRef
+    override: ModelOverride
+    # Use.host and Use.idle
+    hosted: tuple[str, tuple[str, ...]] = ("", ())
+
+
+def _roles(known: Known) -> list[_Role]:
     definition: DiffusionWorkflow = known.definition
-    none = ModelOverride()
-    return [
-        (role, ref, definition.spec.models.get(role, none))
-        for role, ref in known.resolved.models.items()
-    ]
+    none, hosts = ModelOverride(), hosts_of(known.resolved)
+    found: list[_Role] = []
+    for role, ref in known.resolved.models.items():
+        override = definition.spec.models.get(role, none)
+        host = next(iter(hosts.get(role, ())), "transformer") if is_helper(ref.component) else ""
+        idle = _idle(override, definition.spec.models.get(host, none)) if host else ()
+        found.append(_Role(role, ref, override, (host, idle)))
+    return found
+
+
+def _idle(override: ModelOverride, host: ModelOverride) -> tuple[str, ...]:
+    """What a helper's override says of nodes that it does not have. Its resources are added to
+    its host's, unless that is in a pool; naming the same pool says nothing new."""
+    fields = ["pod_template", "drain_seconds", "scaling"]
+    fields += ["placement"] if override.placement != host.placement else []
+    fields += ["resources"] if host.placement is not None else []
+    return tuple(name for name in fields if getattr(override, name) is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +128,22 @@ class Conflict:
     # The workflow whose word counts, and its name for the model; empty: made by hand.
     winner: str
     winner_role: str = ""
+    # The role whose nodes the model is on.
+    host: str = ""
 
     def __str__(self) -> str:
         name = _camel(self.field)
+        if self.host:
+            return (
+                f"models.{self.role}.{name}: it has no nodes of its own, it runs on those of "
+                f"{self.host} and scales with them; say it under models.{self.host}"
+            )
+        if not self.winner and self.field == "loras":
+            return (
+                f"models.{self.role}.loras: the DiffusionModel was made by hand and does not "
+                "declare all LoRAs of this workflow; add them to its spec.loras, with the same "
+                "source and revision"
+            )
         if not self.winner:
             return f"models.{self.role}.{name}: the DiffusionModel was made by hand and says it"
         return (
@@ -118,7 +157,15 @@ def serving(model: Shared) -> tuple[dict[str, Any], list[Conflict]]:
     spoken = _spoken(model.uses)
     oldest = spoken[0]
     spec: dict[str, Any] = {}
-    conflicts: list[Conflict] = []
+    conflicts = [
+        Conflict(name_of(use.workflow), use.role, name, "", host=use.host)
+        for use in spoken
+        for name in use.idle
+    ]
+    if oldest.host:
+        value = oldest.override.resources
+        conflicts += _losers("resources", value, oldest, spoken[1:])
+        return ({"resources": _plain(value)} if value is not None else {}), conflicts
     for name in _OLDEST:
         value = getattr(oldest.override, name)
         if value is not None:
@@ -130,19 +177,26 @@ def serving(model: Shared) -> tuple[dict[str, Any], list[Conflict]]:
     return spec, conflicts + lost
 
 
-def unheard(model: Shared) -> list[Conflict]:
-    """What its users say of a model that was made by hand: nothing of it counts."""
-    return [
+def unheard(model: Shared, declared: Set[LoraKey]) -> list[Conflict]:
+    """What its users say of a model that was made by hand: nothing of it counts. `declared` are the
+    LoRAs that it says itself."""
+    spoken = _spoken(model.uses)
+    lost = [
         Conflict(name_of(use.workflow), use.role, name, "")
-        for use in _spoken(model.uses)
+        for use in spoken
         for name in (*_OLDEST, "scaling")
         if getattr(use.override, name) is not None
+    ]
+    return lost + [
+        Conflict(name_of(use.workflow), use.role, "loras", "")
+        for use in spoken
+        if not declared >= {_lora_key(lora) for lora in use.ref.loras}
     ]
 
 
 def loras(model: Shared) -> list[dict[str, Any]]:
     """What any of its workflows declares, each once, sorted so that the order says nothing."""
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    found: dict[LoraKey, dict[str, Any]] = {}
     for use in model.uses:
         for lora in use.ref.loras:
             found.setdefault(_lora_key(lora), _lora(lora))
@@ -150,7 +204,7 @@ def loras(model: Shared) -> list[dict[str, Any]]:
     return [found[key] for key in sorted(kept)]
 
 
-def _lora_key(lora: LoraDecl) -> tuple[str, ...]:
+def _lora_key(lora: LoraDecl) -> LoraKey:
     return lora.name, lora.uri, lora.revision, lora.subfolder, lora.weight_name
 
 

@@ -5,12 +5,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kubediffusion_operator.planning.cache import PlanCache
 from kubediffusion_operator.planning.failures import Failure, of_deployment, worst
-from kubediffusion_operator.planning.models import Replicas, identity_of, pool_of, replicas_of
+from kubediffusion_operator.planning.models import (
+    Replicas,
+    identity_of,
+    node_spec,
+    pool_of,
+    replicas_of,
+)
 from kubediffusion_operator.planning.names import (
     controller_of,
     model_labels,
@@ -21,8 +27,13 @@ from kubediffusion_operator.planning.names import (
     uid_of,
 )
 from kubediffusion_operator.planning.pools import PoolPlan
-from kubediffusion_operator.planning.residency import report_of
-from kubediffusion_operator.planning.types import Object, Observed, ResidencyReport
+from kubediffusion_operator.planning.residency import (
+    is_running,
+    loras_in,
+    report_of,
+    takes_requests,
+)
+from kubediffusion_operator.planning.types import LoraKey, Object, Observed, ResidencyReport
 
 READY = "Ready"
 SCALED_TO_ZERO = "ScaledToZero"
@@ -43,6 +54,11 @@ class Standing:
     selector: str = ""
     nbytes: int = 0
     digest: str = ""
+    # Running pods that host it, each with what it said.
+    nodes: tuple[tuple[Object, ResidencyReport | None], ...] = ()
+    # Without nodes of its own (`planning.hosting`); then how it stands on each host's, by name.
+    helper: bool = False
+    at: dict[str, Standing] = field(default_factory=dict[str, "Standing"])
 
     @property
     def name(self) -> str:
@@ -52,6 +68,20 @@ class Standing:
     def is_ready(self) -> bool:
         """Requests can use it, or can bring it back."""
         return self.reason in (READY, SCALED_TO_ZERO)
+
+    def knows(self, loras: Iterable[LoraKey]) -> bool:
+        """Whether requests can name them: it declares them, and every node that serves it was
+        told so, and answered."""
+        wanted = frozenset(loras)
+        if not wanted <= loras_in(node_spec(self.model)):
+            return False
+        return all(
+            report is not None
+            and not report.error
+            and any(wanted <= s.loras for s in report.models if s.identity == self.name)
+            for pod, report in self.nodes
+            if takes_requests(pod)
+        )
 
     @property
     def named_right(self) -> bool:
@@ -89,23 +119,29 @@ def standing(
     labels = pool_labels(pool) if pool else model_labels(found.name)
     found.selector = selector_text(labels)
     if not found.named_right:
-        found.reason = "NameIsNotIdentity"
-        found.message = (
-            f"nobody finds a model by this name: what it computes is called {found.identity}; "
-            "make it again with that as metadata.name"
-        )
-        found.failure = Failure(found.reason, found.message)
-    elif pool:
+        return misnamed(found)
+    if pool:
         _in_pool(found, pool, pools.get(pool))
     else:
         _alone(found, observed, pods)
     return found
 
 
+def misnamed(found: Standing) -> Standing:
+    found.reason = "NameIsNotIdentity"
+    found.message = (
+        f"nobody finds a model by this name: what it computes is called {found.identity}; "
+        "make it again with that as metadata.name"
+    )
+    found.failure = Failure(found.reason, found.message)
+    return found
+
+
 def _alone(found: Standing, observed: Observed, pods: Sequence[Object]) -> None:
     deployment = child(found.model, found.name, observed.deployments)
+    found.nodes = _nodes(pods, observed.residency)
     reports = [r for pod in pods if (r := report_of(pod, observed.residency)) is not None]
-    _learn(found, reports)
+    learn(found, reports)
     found.failure = refused(observed, found.name) or worst(pods)
     if deployment is not None:
         status = status_of(deployment)
@@ -121,14 +157,22 @@ def _in_pool(found: Standing, pool: str, plan: PoolPlan | None) -> None:
         found.message = f"there is no ModelPool {pool}; make it, or change placement"
         found.failure = Failure(found.reason, found.message)
         return
-    _learn(found, plan.reports.values())
+    learn(found, plan.reports.values())
+    hosts = [plan.nodes[node] for node in plan.plan.get(found.name, ())]
+    found.nodes = tuple((pod, plan.reports.get(name_of(pod))) for pod in hosts if is_running(pod))
     said = plan.said_of(found.name)
-    found.present = len(plan.placed.plan.get(found.name, ()))
+    found.present = len(plan.plan.get(found.name, ()))
     found.ready = sum(1 for each in said if each.state == "READY")
     found.failure = plan.failure_of(found.name)
     if found.name in plan.placed.left:
         found.failure = _does_not_fit(found, plan)
     found.settle()
+
+
+def _nodes(
+    pods: Iterable[Object], residency: Mapping[str, ResidencyReport]
+) -> tuple[tuple[Object, ResidencyReport | None], ...]:
+    return tuple((pod, report_of(pod, residency)) for pod in pods if is_running(pod))
 
 
 def _does_not_fit(found: Standing, plan: PoolPlan) -> Failure:
@@ -145,7 +189,7 @@ def _does_not_fit(found: Standing, plan: PoolPlan) -> Failure:
     )
 
 
-def _learn(found: Standing, reports: Iterable[ResidencyReport]) -> None:
+def learn(found: Standing, reports: Iterable[ResidencyReport]) -> None:
     """Size and digest of the weights, as the nodes found out; what was known stays."""
     status = status_of(found.model)
     found.nbytes = int(status.get("nbytes") or 0)

@@ -55,6 +55,10 @@ ModelState: TypeAlias = Literal[
 ]
 
 
+# Name, uri, revision, subfolder and weight name of a LoRA.
+LoraKey: TypeAlias = tuple[str, str, str, str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class ModelReport:
     """node.proto's ModelStatus, as far as planning reads it."""
@@ -65,6 +69,10 @@ class ModelReport:
     message: str = ""
     nbytes: int = 0
     digest: str = ""
+    # Tasks there that use it; None where the node does not say.
+    tasks: int | None = None
+    # Of the plan that was answered: what requests may name of this model.
+    loras: frozenset[LoraKey] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,8 @@ class ResidencyReport:
     models: tuple[ModelReport, ...] = ()
     memory_limit: int = 0
     error: str = ""
+    # When it was asked, as `Observed.now`. The same answer once more is no news.
+    answered: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,16 @@ class ResidencyWrite:
     content: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class PlanningError:
+    """An object that planning does not understand, which is a bug of the operator's. `traceback` is
+    for its log; the object itself says the rest, in its condition Ready."""
+
+    about: Ref
+    message: str
+    traceback: str = field(compare=False, default="")
+
+
 @dataclass
 class Plan:
     """What to do, all of it needed. Nothing in it where the namespace is as it should be."""
@@ -172,6 +192,9 @@ class Plan:
     resolve: list[Object] = field(default_factory=list[Object])
     # Written only after `status`: a pool's plan is counted there.
     residency: list[ResidencyWrite] = field(default_factory=list[ResidencyWrite])
+    # To be sent once more, though all was carried out: its answer says what tasks are left.
+    looks: list[ResidencyWrite] = field(default_factory=list[ResidencyWrite])
+    errors: list[PlanningError] = field(default_factory=list[PlanningError])
     # Seconds after which to plan again though nothing happened.
     requeue_after: float | None = None
 

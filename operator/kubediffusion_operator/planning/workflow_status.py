@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kubediffusion_operator.config import OperatorConfig
 from kubediffusion_operator.planning.conditions import Condition, shortened, written
+from kubediffusion_operator.planning.draining import as_status
+from kubediffusion_operator.planning.hosting import as_used
 from kubediffusion_operator.planning.names import generation_of, name_of
-from kubediffusion_operator.planning.rollout import Rollout
+from kubediffusion_operator.planning.revisions import Known
+from kubediffusion_operator.planning.rollout import Rollout, lacking
 from kubediffusion_operator.planning.sharing import Conflict
 from kubediffusion_operator.planning.standing import Standing
 from kubediffusion_operator.planning.types import EventRecord, Object
@@ -34,13 +37,16 @@ def workflow_status(
     wanted = [rollout.history.condition, ready, progressing, degraded]
     if conflicts:
         text = shortened("; ".join(dict.fromkeys(map(str, conflicts))), MAX_MESSAGE)
-        wanted.append(Condition("OverrideConflict", "True", "OldestDecides", text, "Warning"))
+        shared = any(not each.host for each in conflicts)
+        reason = "OldestDecides" if shared else "HostDecides"
+        wanted.append(Condition("OverrideConflict", "True", reason, text, "Warning"))
     conditions, events = written(workflow, wanted, now)
+    found = as_used(rollout.newest, standings) if rollout.newest is not None else {}
     models = [
         {
             "role": role,
             "model": identity,
-            "ready": identity in standings and standings[identity].is_ready,
+            "ready": (used := found[role]) is not None and used.is_ready,
         }
         for role, identity in rollout.roles.items()
     ]
@@ -61,8 +67,9 @@ def _revisions(rollout: Rollout) -> dict[str, Any]:
         said["latestRevision"] = rollout.newest.revision.name
     if rollout.served is not None:
         said |= {"revision": rollout.served.revision.name, "servedSince": rollout.since}
-    if rollout.previous is not None:
-        said["previousRevision"] = rollout.previous.revision.name
+    if rollout.draining:
+        said["previousRevision"] = rollout.draining[0].known.revision.name
+        said["draining"] = as_status(rollout.draining)
     return {key: value for key, value in said.items() if value}
 
 
@@ -81,7 +88,7 @@ def _ready(rollout: Rollout, standings: Mapping[str, Standing]) -> Condition:
         resolved = rollout.history.condition
         event = "Warning" if resolved.status == "False" else None
         return Condition("Ready", "False", resolved.reason, resolved.message, event)
-    missing = _missing(rollout.served.resolved.models, standings)
+    missing = _missing(rollout.served, standings)
     if not missing:
         return Condition("Ready", "True", "Ready", "all its models can be used", "Normal")
     role, first = missing[0]
@@ -96,16 +103,25 @@ def _ready(rollout: Rollout, standings: Mapping[str, Standing]) -> Condition:
 
 
 def _progressing(rollout: Rollout, standings: Mapping[str, Standing]) -> Condition:
-    newest, previous = rollout.newest, rollout.previous
+    newest = rollout.newest
     if newest is not None and not rollout.is_done:
-        missing = _missing(newest.resolved.models, standings)
-        waits = ", ".join(role for role, _ in missing)
+        waits = ", ".join(_waits_for(newest, standings))
         text = f"revision {newest.revision.name} takes over when Ready; it waits for {waits}"
         return Condition("Progressing", "True", "RollingOut", text, "Normal")
-    if previous is not None:
-        text = f"requests that revision {previous.revision.name} took are ending on its models"
+    if rollout.draining:
+        names = ", ".join(each.known.revision.name for each in rollout.draining)
+        text = f"requests that were taken for {names} are ending on the models of then"
         return Condition("Progressing", "True", "Draining", text)
     return Condition("Progressing", "False", "UpToDate", "the newest revision is served")
+
+
+def _waits_for(newest: Known, standings: Mapping[str, Standing]) -> Iterator[str]:
+    """Roles, those that failed first."""
+    for role, _ in _missing(newest, standings):
+        yield role
+    for role, found in sorted(lacking(newest, standings).items()):
+        if found is not None and found.is_ready:
+            yield f"{role} to know its LoRAs"
 
 
 def _degraded(rollout: Rollout, standings: Mapping[str, Standing]) -> Condition:
@@ -113,20 +129,17 @@ def _degraded(rollout: Rollout, standings: Mapping[str, Standing]) -> Condition:
     resolved = rollout.history.condition
     if resolved.status == "False":
         return Condition("Degraded", "True", resolved.reason, resolved.message)
-    for known in rollout.in_use[:2]:
-        for role in sorted(known.resolved.models):
-            found = standings.get(known.resolved.models[role].identity)
+    for known in rollout.wanted:
+        for role, found in sorted(as_used(known, standings).items()):
             if found is not None and found.failure is not None:
                 text = shortened(_sentence(role, found), MAX_MESSAGE)
                 return Condition("Degraded", "True", found.failure.reason, text, "Warning")
     return Condition("Degraded", "False", "AsExpected", "")
 
 
-def _missing(
-    models: Mapping[str, Any], standings: Mapping[str, Standing]
-) -> list[tuple[str, Standing | None]]:
+def _missing(known: Known, standings: Mapping[str, Standing]) -> list[tuple[str, Standing | None]]:
     """Roles that are not ready; those that failed first, because they say what to do."""
-    pairs = [(role, standings.get(models[role].identity)) for role in models]
+    pairs = as_used(known, standings).items()
     missing = [(role, found) for role, found in pairs if found is None or not found.is_ready]
     return sorted(missing, key=lambda each: (_rank(each[1]), each[0]))
 

@@ -131,7 +131,8 @@ class ModelSpec(Resource):
             le=1000,
             description="Set through the scale subresource by its one owner: the built-in "
             "autoscaler, HPA, KEDA or kubectl scale. Clamped to scaling's bounds, unless "
-            "scaling.mode is external.",
+            "scaling.mode is external. Means nothing for a ControlNet, which is on its "
+            "transformer's nodes.",
         ),
     ] = None
     resources: Annotated[Resources | None, Field(description="Of a node's container.")] = None
@@ -194,6 +195,14 @@ class ModelStatus(Resource):
     reason: Reason = ""
     referenced_by: Annotated[
         tuple[ModelUser, ...], Field(max_length=256, description="Its workflows.")
+    ] = ()
+    hosted_by: Annotated[
+        tuple[Name, ...],
+        Field(
+            max_length=256,
+            description="Models on whose nodes it runs, for want of nodes of its own; of a "
+            "ControlNet.",
+        ),
     ] = ()
     scaling_history: Annotated[
         tuple[ScalingDecision, ...],

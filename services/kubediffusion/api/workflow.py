@@ -332,6 +332,19 @@ class WorkflowModelStatus(Resource):
     ready: Annotated[bool, Field(description="Whether requests can use it.")] = False
 
 
+class DrainingRevision(Resource):
+    """A revision that is served no more."""
+
+    revision: Annotated[str, Field(max_length=253, description="Name of its ControllerRevision.")]
+    since: Annotated[
+        str,
+        Field(
+            description="When the gateways were told to serve another one.",
+            json_schema_extra={"format": "date-time"},
+        ),
+    ] = ""
+
+
 class WorkflowStatus(Resource):
     """What is known of a workflow."""
 
@@ -349,8 +362,16 @@ class WorkflowStatus(Resource):
     ] = ""
     previous_revision: Annotated[
         str,
-        Field(max_length=253, description="Served before; its models stay until requests end."),
+        Field(max_length=253, description="The first entry of draining."),
     ] = ""
+    draining: Annotated[
+        tuple[DrainingRevision, ...],
+        Field(
+            max_length=8,
+            description="Revisions that were served before, the latest first. What only they have, "
+            "models and LoRAs, stays until the requests that they took have ended.",
+        ),
+    ] = ()
     served_since: Annotated[
         str,
         Field(

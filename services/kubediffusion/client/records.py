@@ -10,6 +10,7 @@ from enum import Enum
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from kubediffusion import rpc
 from kubediffusion.client.events import Image, image_of
 from kubediffusion.tensors import value_of
 from kubediffusion.v1alpha1 import gateway_pb2, node_pb2
@@ -190,7 +191,7 @@ def _node_of(node: node_pb2.DescribeResponse) -> Node:
 
 
 def _model_of(model: node_pb2.ModelStatus) -> Model:
-    state = node_pb2.ModelState.Name(model.state).removeprefix("MODEL_STATE_").lower()
+    state = rpc.word_of(node_pb2.ModelState, model.state, "MODEL_STATE_").lower()
     return Model(
         identity=model.identity,
         state=state,

@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from kubediffusion.cluster.api import Kind
@@ -22,6 +23,8 @@ WORKFLOWS = Kind("kubediffusion.io/v1alpha1", "diffusionworkflows")
 REVISIONS = Kind("apps/v1", "controllerrevisions")
 SLICES = Kind("discovery.k8s.io/v1", "endpointslices")
 OURS = "app.kubernetes.io/managed-by=kubediffusion"
+# What the gateway could not take is told again after so long, and with the next change.
+RETRY_SECONDS = 5.0
 UNSYNCED = "the cluster's workflows and nodes are not known yet"
 
 log = logging.getLogger(__name__)
@@ -32,7 +35,9 @@ class Followed(Protocol):
 
     unsynced: str
 
-    def set_workflows(self, workflows: Mapping[str, ResolvedWorkflow]) -> None: ...
+    def set_workflows(
+        self, workflows: Mapping[str, ResolvedWorkflow], draining: Iterable[str]
+    ) -> None: ...
     def set_nodes(self, addresses: Sequence[str]) -> None: ...
 
 
@@ -50,8 +55,12 @@ class Follower:
         namespace: str,
         readiness: Readiness,
         pace: Pace | None = None,
+        retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         self.view = View()
+        # What the gateway has taken of it.
+        self._told = View()
+        self._retry_seconds = retry_seconds
         self._gateway = gateway
         self._readiness = readiness
         self._dirty = asyncio.Event()
@@ -101,12 +110,16 @@ class Follower:
         for watch in self._watches:
             await watch.synced.wait()
         while True:
+            pause = None
             try:
                 self._apply()
                 self._synced()
             except Exception:  # a bug of ours must not end the following
                 log.exception("what the cluster says cannot be served; keeping what was")
-            await self._dirty.wait()
+                pause = self._retry_seconds
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._dirty.wait()
 
     def _synced(self) -> None:
         if self._gateway.unsynced:
@@ -125,13 +138,17 @@ class Follower:
                 old = now.served.get(name)
                 instead = f"serving {old.revision} instead" if old else "not serving it"
                 log.warning("workflow %s: %s; %s", name, why, instead)
-        if now.addresses != before.addresses:
+        if now.addresses != self._told.addresses:
             log.info("nodes: %s", ", ".join(now.addresses) or "none")
             self._gateway.set_nodes(now.addresses)
-        if now.served != before.served:
+            self._told = replace(self._told, addresses=now.addresses)
+        told = self._told
+        if now.served != told.served:
             each = (f"{name} at {served.revision}" for name, served in now.served.items())
             log.info("workflows: %s", ", ".join(each) or "none")
-            self._gateway.set_workflows(now.workflows)
+        if (now.served, now.draining) != (told.served, told.draining):
+            self._gateway.set_workflows(now.workflows, now.draining)
+            self._told = replace(told, served=now.served, draining=now.draining)
 
     def _look(self) -> View:
         revisions = list(self._revisions.objects.values())

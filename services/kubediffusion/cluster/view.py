@@ -8,6 +8,7 @@ Pure. Objects are read as they come: whatever is wrong with one of them concerns
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -32,11 +33,13 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """`skipped` says, by workflow, why its `status.revision` is not what is served."""
+    """`skipped` says, by workflow, why its `status.revision` is not what is served. `draining` are
+    models of revisions that were served before and whose requests are ending."""
 
     served: Mapping[str, Served] = field(default_factory=dict[str, Served])
     addresses: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict[str, str])
+    draining: frozenset[str] = frozenset()
 
     @property
     def workflows(self) -> dict[str, ResolvedWorkflow]:
@@ -56,12 +59,13 @@ def view(
     run side by side) or cannot be read, the one `before` goes on, and without one the workflow is
     left out.
     """
+    workflows = [each for each in workflows if "deletionTimestamp" not in each["metadata"]]
     known = {_name(revision): revision for revision in revisions}
     served: dict[str, Served] = {}
     skipped: dict[str, str] = {}
     for each in sorted(workflows, key=_name):
         name, wanted = _name(each), str((each.get("status") or {}).get("revision") or "")
-        if not wanted or "deletionTimestamp" in each["metadata"]:
+        if not wanted:
             continue
         uid = str(each["metadata"].get("uid") or "")
         try:
@@ -71,7 +75,23 @@ def view(
             old = before.served.get(name) if before is not None else None
             if old is not None and old.uid == uid:
                 served[name] = old
-    return View(served, addresses(slices), skipped)
+    return View(served, addresses(slices), skipped, _draining(workflows, known, decode))
+
+
+def _draining(
+    workflows: Iterable[Object], known: Mapping[str, Object], decode: Decode
+) -> frozenset[str]:
+    """The models of revisions that drain; one that cannot be read served no request here."""
+    found: set[str] = set()
+    for each in workflows:
+        status = each.get("status") or {}
+        names = {str(entry.get("revision")) for entry in status.get("draining") or ()}
+        # All that an older operator writes.
+        names.add(str(status.get("previousRevision") or ""))
+        for name in names & known.keys():
+            with suppress(KubeDiffusionError):
+                found |= {ref.identity for ref in decode(known[name]).models.values()}
+    return frozenset(found)
 
 
 def _decoded(name: str, revision: Object | None, decode: Decode, wanted: str) -> ResolvedWorkflow:

@@ -61,6 +61,8 @@ class TaskRun:
     failed_on: frozenset[str] = frozenset()
     checkpoint: node_pb2.Checkpoint | None = None
     step: int = 0  # of denoising, as last heard
+    # Since when nodes that seem to have its model say that they cannot run it.
+    refused_since: float | None = None
     attempt: Attempt | None = None
     outputs: Mapping[str, tensor_pb2.Value] = field(default_factory=dict[str, tensor_pb2.Value])
     # The process that keeps outputs which are not inline.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kubediffusion import rpc
 from kubediffusion.errors import Internal, InvalidInput, KubeDiffusionError, Unavailable
 from kubediffusion.gateway.attempts import Attempt, RunListener, TaskRun, TaskStatus
 from kubediffusion.gateway.config import GatewayConfig
@@ -155,6 +156,11 @@ class ImageRun:
 
     def _hold(self, task: TaskRun) -> None:
         task.status = TaskStatus.HELD
+        planned = task.planned
+        error = self._fleet.abandoned(planned.template.workflow, planned.models)
+        if error is not None:
+            self._fail(error)
+            return
         if self._waits:
             return
         self._waits = True
@@ -192,6 +198,7 @@ class ImageRun:
     # ------------------------------------------------------------ events of a node
 
     def _accepted(self, attempt: Attempt, body: node_pb2.Accepted) -> None:
+        attempt.task.refused_since = None
         self._started(attempt)
 
     def _started(self, attempt: Attempt) -> None:
@@ -270,12 +277,34 @@ class ImageRun:
         if reason in _ELSEWHERE:
             self._leave(attempt)
             attempt.task.attempts -= 1
+            if reason == node_pb2.DECLINE_REASON_NOT_RESIDENT and self._refused_too_long(
+                attempt.task, body.message
+            ):
+                return
             self._dispatch(attempt.task)
             return
         if reason == node_pb2.DECLINE_REASON_FINGERPRINT:
             attempt.task.checkpoint = None
-        name = node_pb2.DeclineReason.Name(reason).removeprefix("DECLINE_REASON_")
+        name = rpc.word_of(node_pb2.DeclineReason, reason, "DECLINE_REASON_")
         self.task_lost(attempt, "Declined", f"{name}: {body.message}")
+
+    def _refused_too_long(self, task: TaskRun, why: str) -> bool:
+        """Fails a task that no node will run though some have its model: their plan may never come
+        to know what it needs, a LoRA, say."""
+        now = self._fleet.now()
+        if task.refused_since is None:
+            task.refused_since = now
+        if now - task.refused_since < self.plan.activation_timeout:
+            return False
+        self._fail(
+            Unavailable(
+                f"no model node took stage '{task.planned.stage}' within "
+                f"{self.plan.activation_timeout:g} s ({why}); check `kubediffusion status`, or "
+                "send the request again later",
+                reason="NoReplica",
+            )
+        )
+        return True
 
     def _yielded(self, attempt: Attempt, body: node_pb2.Yielded) -> None:
         """A node that drains, or evicts the model, gave the lease back: nobody's failure."""
@@ -294,7 +323,7 @@ class ImageRun:
         elif body.reason == node_pb2.FAILURE_REASON_INPUT_LOST:
             self._input_lost(attempt, body)
         else:
-            word = node_pb2.FailureReason.Name(body.reason).removeprefix("FAILURE_REASON_")
+            word = rpc.word_of(node_pb2.FailureReason, body.reason, "FAILURE_REASON_")
             self.task_lost(attempt, word.title().replace("_", ""), body.message)
 
     def _input_lost(self, attempt: Attempt, body: node_pb2.Failed) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -93,11 +93,18 @@ class Gateway:
         self._idle = asyncio.get_running_loop().create_future()
         await asyncio.wait([self._idle], timeout=seconds)
 
-    def set_workflows(self, workflows: Mapping[str, wf.ResolvedWorkflow]) -> None:
-        """The workflows to serve from now on; requests under way end with what they began with."""
+    def set_workflows(
+        self, workflows: Mapping[str, wf.ResolvedWorkflow], draining: Iterable[str] = ()
+    ) -> None:
+        """The workflows to serve from now on; requests under way end with what they began with.
+
+        `draining` are models that stay for these. One that needs a model which is not there and
+        which nobody keeps, because its workflow was deleted, say, fails at once.
+        """
         self.workflows = dict(workflows)
         models = {ref.identity for each in workflows.values() for ref in each.models.values()}
         self.fleet.forget_models(frozenset(models))
+        self.fleet.keep(frozenset(workflows), frozenset(models) | frozenset(draining))
 
     def set_nodes(self, addresses: Sequence[str]) -> None:
         self.fleet.set_nodes(addresses)
@@ -294,8 +301,13 @@ class Gateway:
         found: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def look() -> None:
-            if not found.done() and not self._unseen(order):
+            if found.done():
+                return
+            unseen = [order.workflow.models[role].identity for role in self._unseen(order)]
+            if not unseen:
                 found.set_result(None)
+            elif (error := self.fleet.abandoned(order.workflow.name, unseen)) is not None:
+                found.set_exception(error)
 
         flight.queued(cold=True, ahead=self._in_flight - flight.admitted)
         self.fleet.wait(look)

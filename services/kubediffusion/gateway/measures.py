@@ -13,6 +13,7 @@ from kubediffusion.errors import KubeDiffusionError, Overloaded
 from kubediffusion.gateway.plan import HELPER_STAGE
 from kubediffusion.telemetry.metrics import GATEWAY_STATES, Children, GatewayMetrics, Registry
 from kubediffusion.v1alpha1 import gateway_pb2
+from kubediffusion.workflow.colocation import is_helper
 
 if TYPE_CHECKING:
     from kubediffusion.gateway.attempts import TaskRun
@@ -141,7 +142,7 @@ def stages_of(workflow: ResolvedWorkflow) -> set[tuple[str, str]]:
     """(role, stage) of all that the workflow may ask of its models, of those that help a denoiser
     too, which no node of the graph names."""
     stages = {(node.role, node.stage) for node in workflow.graph.nodes}
-    helpers = (r for r, model in workflow.models.items() if model.component == "controlnet")
+    helpers = (r for r, model in workflow.models.items() if is_helper(model.component))
     return stages | {(role, HELPER_STAGE) for role in helpers}
 
 

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
+from kubediffusion.errors import KubeDiffusionError, NotFound, Unavailable
 from kubediffusion.gateway.config import NodeLimits
 from kubediffusion.gateway.connections import NodeConnection
 from kubediffusion.scheduling.fleet import NodeState, serving
@@ -47,6 +48,8 @@ class Fleet:
         self._waiting: dict[Callable[[], None], None] = {}
         self._loads_seen: dict[tuple[str, str], str] = {}
         self._closed = False
+        self._workflows: frozenset[str] = frozenset()
+        self._kept: frozenset[str] | None = None
 
     def set_nodes(self, addresses: Iterable[str]) -> None:
         """The nodes to use from now on; one that is left out ends what it was given."""
@@ -135,6 +138,31 @@ class Fleet:
                 if status.identity == model and status.state == node_pb2.MODEL_STATE_FAILED:
                     return f"{connection.node_id}: {status.reason}: {status.message}"
         return ""
+
+    def keep(self, workflows: frozenset[str], models: frozenset[str]) -> None:
+        """What there is from now on: workflows by name, and models that somebody will keep up."""
+        self._workflows, self._kept = workflows, models
+        self.changed()
+
+    def abandoned(self, workflow: str, models: Iterable[str]) -> KubeDiffusionError | None:
+        """Why waiting for one of these models is of no use, for a request of that workflow: no node
+        has it, and none will. None where it is of use, or where nobody said what there is."""
+        if self._kept is None:
+            return None
+        gone = [model for model in self.missing(models) if model not in self._kept]
+        if not gone:
+            return None
+        if workflow not in self._workflows:
+            return NotFound(
+                f"workflow {workflow!r} was deleted while the request was under way, and its "
+                f"{gone[0]} with it",
+                field="workflow",
+            )
+        return Unavailable(
+            f"workflow {workflow!r} was changed while the request was under way, and {gone[0]}, "
+            "which it had before, is gone; send the request again",
+            reason="RevisionGone",
+        )
 
     # ------------------------------------------------------------ waiting for a node
 

@@ -14,17 +14,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kubediffusion.errors import InvalidInput
+from kubediffusion.workflow.colocation import is_helper
 
 if TYPE_CHECKING:
     from kubediffusion.workflow import ModelRef, ResolvedWorkflow
 
 MAX_REPLICAS = 64
+DENOISER = "denoiser"
 _GROUPS = {
     "text_encoder": "text",
     "image_encoder": "text",
-    "transformer": "denoiser",
-    "unet": "denoiser",
-    "controlnet": "denoiser",
+    "transformer": DENOISER,
+    "unet": DENOISER,
     "vae": "image",
 }
 
@@ -64,7 +65,7 @@ def plan_nodes(
     for model in _shared(ref for workflow in workflows for ref in workflow.models.values()):
         groups.setdefault(group_of(model.role), []).append(model)
     counts = _counts(groups, workflows, replicas)
-    threads = machine.threads or default_threads(machine.cpus, counts.get("denoiser", 1))
+    threads = machine.threads or default_threads(machine.cpus, counts.get(DENOISER, 1))
     plans: list[NodePlan] = []
     for group, models in groups.items():
         for number in range(1, counts[group] + 1):
@@ -74,7 +75,9 @@ def plan_nodes(
 
 
 def group_of(role: str) -> str:
-    """``text_encoder_2`` and ``controlnet.edges`` belong where their kind does."""
+    """``text_encoder_2`` belongs where its kind does, a ControlNet where the denoisers are."""
+    if is_helper(role):
+        return DENOISER
     for kind, group in _GROUPS.items():
         if role == kind or role.startswith((f"{kind}_", f"{kind}.")):
             return group

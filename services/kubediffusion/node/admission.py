@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from kubediffusion.errors import InvalidInput
-from kubediffusion.node.inputs import Inputs
+from kubediffusion.node.inputs import Inputs, UndeclaredError, declared
 from kubediffusion.node.residency import Residency
 from kubediffusion.node.session import MAX_NAME
 from kubediffusion.node.tasks import Name, Resident
@@ -46,8 +46,9 @@ class Admission:
 
     def examine(
         self, assign: node_pb2.Assign, *, draining: bool, tasks: int, present: int | None
-    ) -> list[Resident]:
-        """The models that the task runs on, its own first; remembers its epoch.
+    ) -> tuple[list[Resident], tuple[node_pb2.LoraUse, ...]]:
+        """The models that the task runs on, its own first, and its LoRAs as they are declared;
+        remembers its epoch.
 
         `tasks` are here already; `present` is the epoch of one of this name that is, which a
         newer epoch replaces. Raises RefusedError, and InvalidInput where the task is at fault.
@@ -62,12 +63,13 @@ class Admission:
         self._check_epoch(key, present)
         residents = self._models_for(assign)
         self._check(assign, residents[0])
+        loras = _declared(assign, residents[0])
         if tasks >= self._max_tasks:
             raise RefusedError(
                 node_pb2.DECLINE_REASON_QUEUE_FULL, f"{tasks} tasks are here already"
             )
         self._remember((key.request_id, key.task), key.epoch)
-        return residents
+        return residents, loras
 
     def _check_epoch(self, key: node_pb2.TaskKey, present: int | None) -> None:
         highest = self._epochs.get((key.request_id, key.task), 0)
@@ -112,7 +114,7 @@ class Admission:
             )
         if assign.stage == "denoise" and resident.denoiser is None:
             raise InvalidInput(f"model {assign.model} cannot denoise", field="stage")
-        self._inputs.check(assign, resident.spec)
+        self._inputs.check(assign)
         resume = assign.lease.resume
         exact = assign.numerics != node_pb2.NUMERICS_FAST
         if is_begun(resume) and exact and resume.fingerprint != self._fingerprint:
@@ -121,6 +123,15 @@ class Admission:
                 f"the checkpoint is of {resume.fingerprint}; going on with {self._fingerprint} "
                 "would give other bits",
             )
+
+
+def _declared(assign: node_pb2.Assign, resident: Resident) -> tuple[node_pb2.LoraUse, ...]:
+    """A gateway that sends one which is not declared knows a newer plan than this node, or an older
+    one: another node may take it, and so may this one once it is told."""
+    try:
+        return declared(assign, resident.spec)
+    except UndeclaredError as error:
+        raise RefusedError(node_pb2.DECLINE_REASON_NOT_RESIDENT, str(error)) from None
 
 
 def is_begun(checkpoint: node_pb2.Checkpoint) -> bool:

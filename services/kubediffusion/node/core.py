@@ -146,7 +146,7 @@ class Node:
         mine = present is not None and present.session is session
         if mine and present is not None and present.key.epoch == assign.key.epoch:
             return None
-        residents = self._admission.examine(
+        residents, loras = self._admission.examine(
             assign,
             draining=self.draining,
             tasks=len(self.tasks),
@@ -155,7 +155,7 @@ class Node:
         if present is not None:
             self._stop(present, Stop.CANCEL)
             self._forget(present)
-        task = self._make(session, assign, residents)
+        task = self._make(session, assign, residents, loras)
         self._store.admit(task.scope)
         self.tasks[name] = task
         self._quiet.clear()
@@ -164,7 +164,11 @@ class Node:
         return task
 
     def _make(
-        self, session: Session, assign: node_pb2.Assign, residents: Sequence[Resident]
+        self,
+        session: Session,
+        assign: node_pb2.Assign,
+        residents: Sequence[Resident],
+        loras: Sequence[node_pb2.LoraUse],
     ) -> Task:
         now = self._now()
         if assign.lease.HasField("resume") and not is_begun(assign.lease.resume):
@@ -180,6 +184,7 @@ class Node:
             weight=assign.weight if 0 < assign.weight < math.inf else 1.0,
             priority=max(-MAX_PRIORITY, min(MAX_PRIORITY, assign.priority)),
             exact=assign.numerics != node_pb2.NUMERICS_FAST,
+            loras_declared=loras,
         )
 
     def _begin(self, task: Task) -> None:

@@ -11,7 +11,7 @@ from time import perf_counter
 
 import numpy as np
 
-from kubediffusion.errors import InvalidInput, TensorLost
+from kubediffusion.errors import TensorLost
 from kubediffusion.models.base import Lora
 from kubediffusion.node import ports
 from kubediffusion.node.tasks import Task
@@ -33,27 +33,17 @@ class Inputs:
         # As many as the planned models declare.
         self._loras: dict[_Source, Path] = {}
 
-    def check(self, assign: node_pb2.Assign, spec: node_pb2.ModelSpec) -> None:
+    def check(self, assign: node_pb2.Assign) -> None:
         """Raises InvalidInput for what can be seen to be wrong without fetching anything."""
         for ref in _references(assign):
             ports.check(ref)
-        if not assign.loras:
-            return
-        declared = {lora.name for lora in spec.loras}
-        for use in assign.loras:
-            if use.name not in declared:
-                raise InvalidInput(
-                    f"LoRA {use.name!r} is not declared for this model; declared are "
-                    f"{', '.join(sorted(declared)) or 'none'}",
-                    field=f"loras.{use.name}",
-                )
 
     def at_hand(self, task: Task) -> bool:
         """Whether nothing has to be waited for; then the task is complete."""
         if _to_pull(task.assign):
             return False
         if task.assign.loras:
-            found = [self._loras.get(_source(use)) for use in self._declared(task)]
+            found = [self._loras.get(_source(lora)) for lora in task.loras_declared]
             if any(path is None for path in found):
                 return False
             task.loras = self._resolved(task)
@@ -76,9 +66,9 @@ class Inputs:
         task.fetched = {
             i: array for i, array in zip(refs, arrays, strict=True) if isinstance(array, np.ndarray)
         }
-        for use in self._declared(task):
-            if _source(use) not in self._loras:
-                self._loras[_source(use)] = await in_thread(self._resolve_lora, use)
+        for lora in task.loras_declared:
+            if _source(lora) not in self._loras:
+                self._loras[_source(lora)] = await in_thread(self._resolve_lora, lora)
         task.loras = self._resolved(task)
         task.fetch_seconds = perf_counter() - begin
 
@@ -88,26 +78,39 @@ class Inputs:
     async def close(self) -> None:
         await self._fetcher.close()
 
-    def _declared(self, task: Task) -> list[node_pb2.LoraUse]:
-        """As the model's spec declares them: a request chooses among them, and no other files.
-
-        Workflows that share the model may have given one name to different LoRAs; then the one
-        that the request's own workflow meant.
-        """
-        declared = {lora.name: lora for lora in task.resident.spec.loras}
-        exact = {(lora.name, _source(lora)): lora for lora in task.resident.spec.loras}
-        chosen = [
-            exact.get((use.name, _source(use)), declared.get(use.name)) for use in task.assign.loras
-        ]
-        if None in chosen:
-            raise InvalidInput("a LoRA of this request is not declared any more", field="loras")
-        return [lora for lora in chosen if lora is not None]
-
     def _resolved(self, task: Task) -> list[Lora]:
         return [
             Lora(use.name, self._loras[_source(declared)], use.scale, declared.weight_name)
-            for use, declared in zip(task.assign.loras, self._declared(task), strict=True)
+            for use, declared in zip(task.assign.loras, task.loras_declared, strict=True)
         ]
+
+
+class UndeclaredError(Exception):
+    """A LoRA that the plan which this node knows does not declare."""
+
+
+def declared(assign: node_pb2.Assign, spec: node_pb2.ModelSpec) -> tuple[node_pb2.LoraUse, ...]:
+    """The task's LoRAs as the model's spec declares them: a request chooses among these, and no
+    other files.
+
+    Workflows that share the model may have given one name to different LoRAs, and so may two
+    revisions of one: then it is the one that the request's own revision meant. Raises
+    UndeclaredError.
+    """
+    by_name = {lora.name: lora for lora in spec.loras}
+    exact = {(lora.name, _source(lora)): lora for lora in spec.loras}
+    chosen: list[node_pb2.LoraUse] = []
+    for use in assign.loras:
+        # Of one that is known by its name alone any will do; of another its very files.
+        found = exact.get((use.name, _source(use))) if use.uri else by_name.get(use.name)
+        if found is None:
+            names = ", ".join(sorted(by_name)) or "none"
+            raise UndeclaredError(
+                f"the plan of this node declares no LoRA {use.name!r} of that source for model "
+                f"{spec.identity}; declared are {names}"
+            )
+        chosen.append(found)
+    return tuple(chosen)
 
 
 def _references(assign: node_pb2.Assign) -> Iterator[tensor_pb2.TensorRef]:

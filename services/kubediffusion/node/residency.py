@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -31,6 +31,7 @@ from kubediffusion.node.tasks import Resident
 from kubediffusion.node.threads import in_thread
 from kubediffusion.telemetry.metrics import NodeMetrics
 from kubediffusion.v1alpha1 import node_pb2
+from kubediffusion.workflow.colocation import is_helper
 
 # A source that does not answer is asked again after 1, 2, 4, ... seconds, so often in all.
 LOAD_ATTEMPTS = 6
@@ -157,6 +158,7 @@ class Residency:
         for resident in self._residents.values():
             resident.status.downloaded_bytes = resident.progress.done
             resident.status.total_bytes = resident.progress.total
+            resident.status.tasks = len(resident.tasks)
         return [resident.status for resident in self._residents.values()]
 
     @property
@@ -167,9 +169,16 @@ class Residency:
     def settled(self) -> bool:
         """Every planned model is there, or has failed, and there is one to serve; or the planner
         wants none here, as of a spare node of a pool."""
-        states = self._states()
+        states = self._states(self._planned)
         if not states:
             return bool(self._planner)
+        return READY in self._states(self._servers) and all(s in (READY, FAILED) for s in states)
+
+    @property
+    def serves(self) -> bool:
+        """All that serves requests by itself is there or has failed, and some of it is there: a
+        ControlNet that joins keeps nobody waiting who does not ask for it."""
+        states = self._states(self._servers)
         return READY in states and all(state in (READY, FAILED) for state in states)
 
     @property
@@ -178,11 +187,19 @@ class Residency:
 
         A model whose source may yet answer is no failure as long as it is tried again.
         """
-        states = self._states()
+        servers = self._servers
+        states = self._states(servers)
         if not states or any(state != FAILED for state in states):
             return ""
-        failed = [self._residents[identity].status for identity in self._planned]
+        failed = [self._residents[identity].status for identity in servers]
         return "\n".join(f"{status.reason}: {status.message}" for status in failed)
+
+    @property
+    def _servers(self) -> list[str]:
+        """The planned models but for ControlNets, which serve nobody without a denoiser; where
+        there is nothing else, these."""
+        servers = [i for i, spec in self._planned.items() if not is_helper(spec.component)]
+        return servers or list(self._planned)
 
     @property
     def busy(self) -> bool:
@@ -190,11 +207,10 @@ class Residency:
         states = {resident.status.state for resident in self._residents.values()}
         return LOADING in states or EVICTING in states
 
-    def _states(self) -> list[node_pb2.ModelState]:
-        """Of the planned models."""
+    def _states(self, planned: Iterable[str]) -> list[node_pb2.ModelState]:
         return [
             self._residents[identity].status.state if identity in self._residents else PENDING
-            for identity in self._planned
+            for identity in planned
         ]
 
     @property

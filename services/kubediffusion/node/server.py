@@ -223,7 +223,9 @@ class NodeServer:
         if self.config.exit_on_failure and (why := self.residency.hopeless):
             self.failure = why
             self._break()
-        serving = self.residency.settled and not self.node.draining
+        # A node that serves goes on while ControlNets come to it.
+        going_on = bool(self._serving) and self.residency.serves
+        serving = (self.residency.settled or going_on) and not self.node.draining
         if serving != self._serving:
             self._serving = serving
             self._spawn(self._set_health(serving))

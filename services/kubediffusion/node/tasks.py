@@ -113,6 +113,8 @@ class Task:
     weight: float
     priority: int
     exact: bool
+    # Its LoRAs as the plan declared them when it was taken: a later plan does not concern it.
+    loras_declared: Sequence[node_pb2.LoraUse] = ()
     fetching: asyncio.Task[None] | None = None
     # Tensors that did not come inline, by id, and the LoRAs' files.
     fetched: Mapping[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])

@@ -462,7 +462,7 @@ class SetResidencyResponse(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
-    __slots__ = ("identity", "state", "reason", "message", "nbytes", "digest", "load_seconds", "facts", "stages", "downloaded_bytes", "total_bytes")
+    __slots__ = ("identity", "state", "reason", "message", "nbytes", "digest", "load_seconds", "facts", "stages", "downloaded_bytes", "total_bytes", "tasks")
     class FactsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -481,6 +481,7 @@ class ModelStatus(_message.Message):
     STAGES_FIELD_NUMBER: _ClassVar[int]
     DOWNLOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
     identity: str
     state: ModelState
     reason: str
@@ -492,7 +493,8 @@ class ModelStatus(_message.Message):
     stages: _containers.RepeatedScalarFieldContainer[str]
     downloaded_bytes: int
     total_bytes: int
-    def __init__(self, identity: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., nbytes: _Optional[int] = ..., digest: _Optional[str] = ..., load_seconds: _Optional[float] = ..., facts: _Optional[_Mapping[str, _tensor_pb2.Value]] = ..., stages: _Optional[_Iterable[str]] = ..., downloaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    tasks: int
+    def __init__(self, identity: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., nbytes: _Optional[int] = ..., digest: _Optional[str] = ..., load_seconds: _Optional[float] = ..., facts: _Optional[_Mapping[str, _tensor_pb2.Value]] = ..., stages: _Optional[_Iterable[str]] = ..., downloaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., tasks: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

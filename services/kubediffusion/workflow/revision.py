@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from kubediffusion.api.load import format_path
 from kubediffusion.api.types import Source
 from kubediffusion.api.workflow import DiffusionWorkflow
 from kubediffusion.errors import InvalidWorkflow
@@ -95,7 +96,20 @@ def definition_of(data: Mapping[str, Any]) -> DiffusionWorkflow:
     try:
         return DiffusionWorkflow.model_validate_json(json.dumps(data["workflow"]))
     except (KeyError, ValidationError) as error:
+        if isinstance(error, ValidationError) and (field := _unknown_field(error)):
+            # What it means nobody here knows: serving the rest might draw other pictures.
+            raise InvalidWorkflow(
+                f"the revision has a field that this version does not know, {field}: a newer "
+                "KubeDiffusion wrote it; upgrade this one",
+                field=field,
+            ) from None
         raise _unreadable(error) from None
+
+
+def _unknown_field(error: ValidationError) -> str:
+    """The first one, as a path; empty where there is none."""
+    unknown = (e for e in error.errors(include_url=False) if e["type"] == "extra_forbidden")
+    return next((format_path(tuple(each["loc"])) for each in unknown), "")
 
 
 def pins_of(data: Mapping[str, Any]) -> Pins:

@@ -280,3 +280,50 @@ def test_a_gateway_can_start_while_the_api_server_is_away(
     pod.ready()
     with Client(pod.grpc) as client:
         assert names(client) == ["sd3"]
+
+
+def test_a_request_that_waits_fails_at_once_when_its_workflow_is_deleted(
+    kube: Kube, gateway: StartGateway
+) -> None:
+    pod = gateway().ready()
+    ONE.publish(kube)  # without nodes
+    failures: list[Exception] = []
+
+    def draw() -> None:
+        with Client(pod.grpc, attempts=1) as asking:
+            try:
+                asking.image("sd3", prompt="a fox", steps=4)
+            except Exception as error:
+                failures.append(error)
+
+    with Client(pod.grpc) as client:
+        until(lambda: names(client) == ["sd3"], "the workflow is known")
+        asking = threading.Thread(target=draw)
+        asking.start()
+        until(lambda: client.status().held, "the request is held")
+        kube.delete("DiffusionWorkflow", "sd3")
+        asking.join(60)  # and not after the activation timeout of 300 s
+        assert not asking.is_alive()
+    (error,) = failures
+    assert isinstance(error, NotFound)
+    assert "was deleted" in str(error)
+    pod.terminate()
+
+
+def test_a_revision_of_a_newer_version_leaves_what_is_served(
+    kube: Kube, node: StartNode, gateway: StartGateway
+) -> None:
+    ONE.publish(kube)
+    publish_slice(kube, "sd3", [node("n1", ONE.resolved)])
+    newer = Revised("sd3", "file:///models/two")
+    spec = {**newer.data["workflow"]["spec"], "guidanceSchedule": "cosine"}
+    data = {**newer.data, "workflow": {**newer.data["workflow"], "spec": spec}}
+    pod = gateway().ready()
+    with Client(pod.grpc) as client:
+        until(lambda: names(client) == ["sd3"], "the workflow is known")
+        newer.keep(kube, 2, data)
+        newer.serve(kube)
+        until(lambda: "guidanceSchedule" in pod.log.read_text(), "the log says why")
+        assert "upgrade this one" in pod.log.read_text()
+        assert nodes_of(client) == {"n1"}
+    pod.terminate()

@@ -27,6 +27,11 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
         self.requests: list[dict[str, Any]] = []
         # What models answer by identity, where it is not READY: (reason, message) of a failure.
         self.failing: dict[str, tuple[str, str]] = {}
+        # Tasks on each node, by model; a state by model, where it is another; whether it answers.
+        self.tasks: dict[str, int] = {}
+        self.states: dict[str, int] = {}
+        self.answers = threading.Event()
+        self.answers.set()
         self._changed = threading.Condition()
         self._server = grpc.server(ThreadPoolExecutor(4))
         node_pb2_grpc.add_ModelNodeServicer_to_server(self, self._server)
@@ -43,6 +48,8 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
         with self._changed:
             self.requests.append(json_format.MessageToDict(request))
             self._changed.notify_all()
+        if not self.answers.is_set():
+            context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
         return node_pb2.SetResidencyResponse(
             generation=request.generation, models=[self._status(m) for m in request.models]
         )
@@ -77,7 +84,8 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
             )
         return node_pb2.ModelStatus(
             identity=model.identity,
-            state=node_pb2.MODEL_STATE_READY,
+            state=self.states.get(model.identity, node_pb2.MODEL_STATE_READY),  # pyright: ignore[reportArgumentType]
+            tasks=self.tasks.get(model.identity, 0),
             nbytes=2**30,
             digest=f"sha256:{model.identity}",
         )

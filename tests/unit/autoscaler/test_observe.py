@@ -52,6 +52,25 @@ def test_nothing_is_scaled_where_scaling_is_off():
     assert view(model(), config=config).left["dit"].reason == "Disabled"
 
 
+def test_a_controlnet_scales_with_its_transformer_and_takes_no_gpu_of_its_own():
+    config = OperatorConfig(image="n", device="cuda")
+    edges = model("edges", replicas=2, component="controlnet", users=("sd3",))
+    hand_made = model("depth", replicas=None, component="controlnet", scaling={})
+    seen = view(edges, hand_made, model(), config=config)
+    assert set(seen.scaled) == {"dit"}
+    assert (seen.left["edges"].reason, seen.left["depth"].reason) == ("CoHosted", "")
+    assert "status.hostedBy" in seen.left["edges"].why
+    assert seen.budget.reserved == 0
+    # From zero its transformer alone comes up, in whose pods it is.
+    assert seen.workflows["sd3"].models == {"edges", "depth", "dit"}
+
+
+def test_pods_that_a_controlnet_has_from_before_hold_their_gpus():
+    edges = model("edges", component="controlnet")
+    seen = view(edges, pods=named(pod("e1", of="edges", gpus=1)))
+    assert seen.budget.reserved == 1
+
+
 def test_a_model_that_goes_is_neither():
     going = model()
     going["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"

@@ -183,3 +183,20 @@ def test_no_node_is_there_twice_and_the_order_of_the_slices_does_not_matter(
     known = addresses(found)
     assert len(set(known)) == len(known)
     assert known == addresses(found[::-1])
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"draining": [{"revision": "sd3-old"}, {"revision": "sd3-bad"}, {"revision": "none"}]},
+        {"previousRevision": "sd3-old"},  # of an older operator
+    ],
+)
+def test_models_of_revisions_that_drain_are_known(status: dict[str, Any]) -> None:
+    each = workflow("sd3", "sd3-one")
+    each["status"] |= status
+    revisions = [revision(name) for name in ("sd3-one", "sd3-old", "sd3-bad", "sd3-older")]
+    found = view([each], revisions, [], decode)
+    assert found.draining == {ref.identity for ref in resolved("sd3", "old").models.values()}
+    each["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    assert view([each], revisions, [], decode).draining == frozenset()

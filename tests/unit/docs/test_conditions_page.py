@@ -28,7 +28,7 @@ LOADING = [
 OF_NODES = {"OldGeneration"}  # what a node answers to an older plan
 KINDS = {
     *("Resolved", "Ready", "Progressing", "Degraded", "OverrideConflict"),
-    *("EqualWeights", "PlanApplied", *TYPES),
+    *("CoHosted", "EqualWeights", "PlanApplied", *TYPES),
 }
 
 
@@ -71,8 +71,11 @@ def _reasons(file: Path) -> Iterator[str]:
 
 
 def _assigned(target: ast.expr, value: ast.expr | None) -> Iterator[str]:
-    """Of `reason = "Word"`, and of `reason, text = "Word", ...`."""
+    """Of `reason = "Word"`, `reason = "Word" if … else "Other"`, `reason, text = "Word", ...`."""
     match target, value:
+        case _, ast.IfExp(body=body, orelse=other):
+            yield from _assigned(target, body)
+            yield from _assigned(target, other)
         case ast.Tuple(elts=[target, *_]), ast.Tuple(elts=[value, *_]):
             yield from _assigned(target, value)
         case (
@@ -102,7 +105,7 @@ def test_reasons_are_found_in_the_code() -> None:
     assert {"BadWeights", "RevisionNotFound", "Truncated", "UnknownFamily"} <= found
     assert {"NoGateway", "MetricsFound", "External", "PrometheusUnreachable"} <= found
     assert not {"PromptTooLong", "Steady", "EqualWeights", "OldGeneration"} & found
-    assert _events_of_code() == {"PlanningFailed", "ReplicasClamped", "WriteRefused"}
+    assert _events_of_code() == {"ReplicasClamped", "WriteRefused"}
 
 
 def test_every_reason_of_a_condition_is_explained_and_no_other() -> None:

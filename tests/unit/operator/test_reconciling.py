@@ -22,6 +22,7 @@ from kubediffusion_operator.planning.types import (
     Object,
     Observed,
     Plan,
+    PlanningError,
     Ref,
     ResidencyWrite,
     ScaleWrite,
@@ -99,7 +100,7 @@ class Hands:
 
     # The recorder's
 
-    async def record(self, namespace: str, event: EventRecord) -> bool:
+    def record(self, namespace: str, event: EventRecord) -> bool:
         self._do(f"event {event.reason}", event.about.name)
         return True
 
@@ -233,3 +234,23 @@ async def test_a_namespace_without_anything_of_ours_is_not_planned(hands: Hands)
     hands.cluster.deleted("DiffusionWorkflow", "ns", "sd3", "w")
     assert await hands.reconcile() is None
     assert hands.observed == []
+
+
+async def test_what_planning_does_not_understand_is_logged_once_for_each_change(
+    hands: Hands, caplog: pytest.LogCaptureFixture
+) -> None:
+    about = Ref(API_VERSION, "DiffusionWorkflow", "sd3", "w")
+    first = PlanningError(about, "KeyError: 'x'", "Traceback: line 1")
+    errors = [first]
+    hands.plans = lambda observed: Plan(errors=errors)
+    for _ in range(3):
+        await hands.reconcile()
+    assert caplog.text.count("Traceback: line 1") == 1
+    errors = [PlanningError(about, "KeyError: 'y'", "Traceback: line 2")]
+    await hands.reconcile()
+    errors = []
+    await hands.reconcile()
+    errors = [first]
+    await hands.reconcile()
+    assert caplog.text.count("Traceback: line 2") == 1
+    assert caplog.text.count("Traceback: line 1") == 2

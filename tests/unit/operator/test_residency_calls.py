@@ -154,3 +154,29 @@ async def test_pods_that_are_gone_are_forgotten(world: World) -> None:
     assert "u" in world.residency.reports("ns")
     world.residency.keep_only("ns", [])
     assert world.residency.reports("ns") == {}
+
+
+async def test_a_state_that_only_a_newer_node_knows_is_no_error(world: World) -> None:
+    world.node.state = 99  # pyright: ignore[reportAttributeAccessIssue]
+    world.residency.send("ns", [world.write()])
+    report = await world.report()
+    assert (report.error, report.models[0].state) == ("", "UNSPECIFIED")
+    world.node.state = node_pb2.MODEL_STATE_READY
+    world.now += module.POLL_SECONDS
+    world.residency.send("ns", [world.write()])
+    assert (await world.report()).models[0].state == "READY"
+
+
+async def test_a_pod_whose_answer_nobody_foresaw_is_asked_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unforeseen(*_: object) -> ResidencyReport:
+        raise KeyError("unforeseen")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_report", unforeseen)
+        world.residency.send("ns", [world.write()])
+        assert "KeyError" in (await world.report()).error
+    world.now += module.PAUSE_FIRST
+    world.residency.send("ns", [world.write()])
+    assert (await world.report()).error == ""

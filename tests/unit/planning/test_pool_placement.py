@@ -85,12 +85,63 @@ def test_no_copies_wanted_none_kept() -> None:
     assert place([Item("a", 0, 1)], nodes(1), {"a": ("n0",)}).plan == {}
 
 
+# ---------------------------------------------------------------- a model and those that help it
+
+
+def test_a_model_goes_where_its_helpers_fit_too() -> None:
+    items = [Item("dit", 1, 6, {"edges": 3}), Item("vae", 1, 5)]
+    placed = place(items, nodes(2), {"vae": ("n0",)})
+    assert placed.plan == {"dit": ("n1",), "vae": ("n0",)}
+
+
+def test_two_models_on_one_node_share_a_helper() -> None:
+    items = [Item("a", 1, 4, {"edges": 2}), Item("b", 1, 4, {"edges": 2})]
+    placed = place(items, nodes(1), {})
+    assert placed.plan == {"a": ("n0",), "b": ("n0",)}
+    assert not placed.without
+
+
+def test_a_model_goes_without_its_largest_helper_rather_than_not_at_all() -> None:
+    items = [Item("dit", 1, 6, {"big": 5, "edges": 2}), Item("vae", 1, 2)]
+    placed = place(items, nodes(1), {})
+    assert placed.plan == {"dit": ("n0",), "vae": ("n0",)}
+    assert not placed.left
+    assert placed.without == {"dit": ("big",)}
+
+
+def test_a_helper_that_comes_moves_its_model_to_where_both_fit() -> None:
+    now = {"dit": ("n0",), "vae": ("n0",)}
+    items = [Item("dit", 1, 5, {"edges": 3}), Item("vae", 1, 4)]
+    placed = place(items, nodes(2), now)
+    assert not placed.left
+    assert not placed.without
+    assert placed.plan["dit"] != placed.plan["vae"]
+
+
+def test_a_helper_takes_nobodys_place() -> None:
+    items = [Item("dit", 1, 5, {"edges": 5}), Item("vae", 1, 4)]
+    placed = place(items, nodes(1), {"dit": ("n0",)})
+    assert placed.plan == {"dit": ("n0",), "vae": ("n0",)}
+    assert placed.without == {"dit": ("edges",)}
+
+
+def test_without_room_for_the_model_nothing_is_said_of_its_helpers() -> None:
+    placed = place([Item("dit", 1, 11, {"edges": 1})], nodes(1), {})
+    assert (placed.left, placed.without) == (("dit",), {})
+
+
+# A helper has one size, whichever model it is beside.
+SIZES = {"h0": 2, "h1": 5, "h2": 0}
+HELPERS = st.sets(st.sampled_from(sorted(SIZES))).map(
+    lambda names: {name: SIZES[name] for name in sorted(names)}
+)
 ITEMS = st.lists(
     st.builds(
         Item,
         st.sampled_from([f"m{number}" for number in range(6)]),
         st.integers(0, 3),
         st.integers(0, 12),
+        HELPERS,
     ),
     unique_by=lambda item: item.name,
     max_size=6,
@@ -114,7 +165,14 @@ def test_whatever_there_is_the_plan_keeps_to_the_limits(
         assert len(set(on)) == len(on)
         assert set(on) <= set(limits)
     for node, limit in limits.items():
-        taken = sum(known[name].size for name, on in placed.plan.items() if node in on)
+        there = [known[name] for name, on in placed.plan.items() if node in on]
+        helpers = {
+            name
+            for item in there
+            for name in item.helpers
+            if name not in placed.without.get(item.name, ())
+        }
+        taken = sum(item.size for item in there) + sum(SIZES[name] for name in helpers)
         assert not limit or taken <= limit
     wanted = {item.name for item in items if item.copies}
     assert set(placed.left) == wanted - set(placed.plan)
@@ -140,7 +198,7 @@ def test_what_fits_stays(
 ) -> None:
     """Where all have a place and nobody wants fewer, one more node moves nothing."""
     before = place(items, limits, now)
-    if before.left:
+    if before.left or before.without:
         return
     after = place(items, {**limits, "new": 0}, before.plan)
     for name, on in before.plan.items():

@@ -104,6 +104,9 @@ def test_each_change_of_the_plan_counts_and_an_equal_one_does_not(world: World) 
     # A new word on the transformer alone, as it is told: its LoRAs.
     world.workflow("w", models={**POOLED, "transformer": vae}, loras=[])
     world.settle()
+    assert world.status("ModelPool", "p")["planGeneration"] == third
+    world.wait(120)  # requests that name it have ended
+    world.settle()
     assert world.status("ModelPool", "p")["planGeneration"] == third + 1
 
 

@@ -48,6 +48,13 @@ WORKFLOW = st.fixed_dictionaries(
             unique_by=lambda lora: lora["name"],
             max_size=2,
         ),
+        "controlNets": st.lists(
+            st.sampled_from(["edges", "depth"]).map(
+                lambda name: {"name": name, "source": {"uri": f"hf://org/{name}"}}
+            ),
+            unique_by=lambda controlnet: controlnet["name"],
+            max_size=2,
+        ),
         "revisionHistoryLimit": st.integers(0, 2),
     },
 )
@@ -156,7 +163,11 @@ def test_what_is_there_is_what_is_wanted(steps: list[Any]) -> None:
     # No two models, and no two Deployments, of one identity.
     assert all(model["status"]["identity"] == name for name, model in models.items())
     pools = {f"pool-{name}" for name in world.all("ModelPool")}
-    own = {name for name, model in models.items() if "placement" not in model["spec"]}
+    own = {
+        name
+        for name, model in models.items()
+        if "placement" not in model["spec"] and model["spec"]["component"] != "controlnet"
+    }
     assert set(world.all("Deployment")) == own | pools
     for kind in CHILDREN:
         assert set(world.all(kind)) == (own if kind == "ConfigMap" else own | pools)
@@ -164,6 +175,29 @@ def test_what_is_there_is_what_is_wanted(steps: list[Any]) -> None:
     for found in world.objects.values():
         for owner in found["metadata"].get("ownerReferences") or ():
             assert owner["uid"] in uids
+
+
+@given(STEPS)
+@thorough
+def test_controlnets_are_where_the_transformers_of_their_workflows_are(steps: list[Any]) -> None:
+    """On every node that has the transformer; and on no others."""
+    world = World()
+    for step in steps:
+        take(world, step)
+    finished(world)
+    beside: dict[str, set[str]] = {}
+    for workflow in world.all("DiffusionWorkflow").values():
+        used = {
+            each["role"]: each["model"] for each in workflow.get("status", {}).get("models", ())
+        }
+        if "transformer" in used:
+            helpers = {m for role, m in used.items() if role.startswith("controlnet.")}
+            beside.setdefault(used["transformer"], set()).update(helpers)
+    for pod in world.all("Pod").values():
+        report = world.residency.get(pod["metadata"]["uid"])
+        there = {each.identity for each in report.models} if report is not None else set()
+        wanted = set().union(*(helpers for host, helpers in beside.items() if host in there))
+        assert {model for model in there if model.startswith("controlnet")} == wanted
 
 
 def shuffled(observed: Observed) -> Observed:

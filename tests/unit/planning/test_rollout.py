@@ -171,20 +171,24 @@ def test_replace_takes_the_old_models_away_before_the_new_ones_come(world: World
     world.wait(5)
     use(world, "b", strategy="Replace")
     seen: list[tuple[bool, bool]] = []
-    for _ in range(12):
+    for _ in range(16):
         world.carry_out(world.plan())
         world.collect()
         new = transformer(world, "b")
         seen.append((f"{old}-0" in world.all("Pod"), new in world.all("Deployment")))
         if len(seen) == 6:
+            # While requests for the old ones end, and gateways hold those for the new one already.
+            assert world.get("Deployment", old)["spec"]["replicas"] == 1
+            assert served(world) == "b"
+            world.wait(5)
+        if len(seen) == 10:
             # The pod took its time.
             assert world.get("Deployment", old)["spec"]["replicas"] == 0
             told = world.condition("DiffusionModel", str(new), "Ready")
             assert told["reason"] == "WaitingForOldModels"
-            # Gateways hold requests for the new one already.
-            assert served(world) == "b"
             world.run_pods()
     assert not any(pod and deployment for pod, deployment in seen)
+    assert seen[-1] == (False, True)
     world.settle()
     assert transformer(world, "a") is None
     assert world.condition("DiffusionWorkflow", "w", "Ready")["status"] == "True"

@@ -12,6 +12,7 @@ from typing import Any
 from kubediffusion.workflow import PipelineIndex
 from kubediffusion_operator.config import OperatorConfig
 from kubediffusion_operator.planning import Observed, Plan, PlanCache, plan
+from kubediffusion_operator.planning.residency import loras_in
 from kubediffusion_operator.planning.types import (
     EventRecord,
     ModelReport,
@@ -67,6 +68,8 @@ class World:
         self.unready: set[str] = set()
         # Bytes by model.
         self.sizes: dict[str, int] = {}
+        # Tasks on each node, by model; None: its nodes are of a version that does not say.
+        self.tasks: dict[str, int | None] = {}
         self._counter = 0
 
     # ------------------------------------------------------------ users
@@ -165,7 +168,7 @@ class World:
             if kind != "Deployment":
                 continue
             replicas = deployment["spec"]["replicas"]
-            labels = deployment["spec"]["template"]["metadata"]["labels"]
+            template = deployment["spec"]["template"]["metadata"]
             mine = sorted(
                 pod
                 for (k, pod), found in self.objects.items()
@@ -175,7 +178,7 @@ class World:
                 del self.objects["Pod", extra]
             ready = 0
             for number in range(replicas):
-                ready += self._run_pod(f"{name}-{number}", name, deployment, labels)
+                ready += self._run_pod(f"{name}-{number}", name, deployment, template)
             status = {
                 "observedGeneration": deployment["metadata"]["generation"],
                 "replicas": replicas,
@@ -184,7 +187,7 @@ class World:
             self.edit("Deployment", name, status=status)
 
     def _run_pod(
-        self, name: str, owner: str, deployment: Object, labels: Mapping[str, str]
+        self, name: str, owner: str, deployment: Object, template: Mapping[str, Any]
     ) -> bool:
         ok = owner not in self.broken and owner not in self.unready
         running = {"name": "node", "restartCount": 0, "state": {"running": {}}}
@@ -202,13 +205,18 @@ class World:
             "uid": deployment["metadata"]["uid"],
             "controller": True,
         }
+        annotations = dict(template.get("annotations") or {})
+        old = self.objects.get(("Pod", name))
+        if old is not None and old["metadata"]["annotations"] != annotations:
+            del self.objects["Pod", name]  # rolled out
         if ("Pod", name) not in self.objects:
             pod = {
                 "apiVersion": "v1",
                 "kind": "Pod",
                 "metadata": {
                     "name": name,
-                    "labels": dict(labels),
+                    "labels": dict(template["labels"]),
+                    "annotations": annotations,
                     "ownerReferences": [reference],
                 },
                 "spec": {},
@@ -219,18 +227,20 @@ class World:
 
     def answer(self, made: Plan) -> None:
         """Nodes do what they are told."""
-        for write in made.residency:
+        for write in (*made.residency, *made.looks):
             models = tuple(
                 ModelReport(
                     spec["identity"],
                     "READY",
                     nbytes=self.sizes.get(spec["identity"], 1),
                     digest=f"digest of {spec['uri']}",
+                    tasks=self.tasks.get(spec["identity"], 0),
+                    loras=loras_in(spec),
                 )
                 for spec in write.content["models"]
             )
             self.residency[write.uid] = ResidencyReport(
-                write.restarts, int(write.content["generation"]), models
+                write.restarts, int(write.content["generation"]), models, answered=self.time
             )
 
     # ------------------------------------------------------------ the operator
@@ -296,9 +306,14 @@ class World:
 
     def settle(self, rounds: int = 40) -> Plan:
         """Plans and carries out until nothing is left to do; pods run between the rounds."""
-        made = Plan()
+        made, looked = Plan(), False
         for _ in range(rounds):
             made = self.plan()
+            if not made.looks:
+                looked = False
+            elif not looked:
+                self.answer(made)
+                made, looked = self.plan(), True
             if not made.writes and not made.residency and not made.resolve:
                 before = len(self.objects)
                 self.collect()

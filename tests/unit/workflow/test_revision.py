@@ -139,6 +139,20 @@ def test_what_cannot_be_read_says_so(change: dict[str, Any], says: str) -> None:
     assert says in str(caught.value)
 
 
+def test_what_a_newer_version_says_beside_the_workflow_is_passed_over() -> None:
+    data = encode(full(), INDEX, COMMITS)
+    assert decode({**data, "hints": {"warm": True}}) == decode(data)
+
+
+def test_a_field_of_a_newer_workflow_is_named_and_not_ignored() -> None:
+    data = encode(full(), INDEX, COMMITS)
+    data["workflow"]["spec"]["pipeline"]["guidance"] = "9"
+    with pytest.raises(InvalidWorkflow) as caught:
+        decode(data)
+    assert "spec.pipeline.guidance" in str(caught.value)
+    assert "upgrade this one" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("extra", "same"),
     [

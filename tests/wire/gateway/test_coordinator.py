@@ -20,7 +20,7 @@ from one_image import (
     up,
 )
 
-from kubediffusion.errors import InvalidInput, Unavailable
+from kubediffusion.errors import Internal, InvalidInput, Unavailable
 from kubediffusion.gateway.coordinator import ImageRun
 from kubediffusion.v1alpha1 import node_pb2
 
@@ -52,6 +52,7 @@ async def test_release_reaches_every_node_that_took_part(tmp_path):
         node_pb2.DECLINE_REASON_QUEUE_FULL,
         node_pb2.DECLINE_REASON_OUT_OF_MEMORY,
         node_pb2.DECLINE_REASON_OLD_EPOCH,
+        99,  # of a newer node
     ],
 )
 async def test_a_refused_task_goes_elsewhere(tmp_path, reason):
@@ -67,6 +68,25 @@ async def test_a_refused_task_goes_elsewhere(tmp_path, reason):
         assert nodes[1].steps["r1"] == STEPS
 
 
+async def test_a_task_that_nodes_with_its_model_will_not_take_fails_in_the_end(tmp_path):
+    clock = [0.0]
+
+    def refuse(assign):
+        clock[0] += 100.0
+        return declined(assign, node_pb2.DECLINE_REASON_NOT_RESIDENT, "no LoRA 'ink'")
+
+    node = FakeNode(tmp_path, "a", script=script_for("denoise", -1, refuse, times=99))
+    async with fleet_of([node]) as fleet:
+        fleet.now = lambda: clock[0]
+        _, outcome = await run_one(fleet, plan(activation_timeout=250.0))
+        error = outcome.end.result()
+        assert isinstance(error, Unavailable)
+        assert "no LoRA 'ink'" in str(error)
+        assert error.reason == "NoReplica"
+        # A node that only lags behind its plan was asked again.
+        assert sum(each.stage == "denoise" for each in node.assigned) == 4
+
+
 async def test_a_full_node_is_asked_again_later_if_there_is_no_other(tmp_path):
     full = script_for(
         "denoise",
@@ -78,6 +98,22 @@ async def test_a_full_node_is_asked_again_later_if_there_is_no_other(tmp_path):
         run, outcome = await run_one(fleet)
         assert_image(outcome)
         assert [t.attempts for t in run.times()] == [1, 1, 1]  # a refusal is no attempt
+
+
+async def test_words_of_a_newer_node_are_told_as_they_are(tmp_path):
+    unknown = script_for("denoise", -1, lambda assign: declined(assign, 99, "too hot"), times=1)
+    broken = script_for("decode", -1, lambda assign: failed(assign, 99, "too cold"), times=99)
+    nodes = [
+        FakeNode(tmp_path, "a", ("text", "dit"), script=unknown),
+        FakeNode(tmp_path, "b", ("vae",), script=broken),
+    ]
+    async with fleet_of(nodes) as fleet:
+        _, outcome = await run_one(fleet)
+        error = outcome.end.result()
+        assert isinstance(error, Internal)
+        assert "too cold" in str(error)
+        reasons = [event[3] for event in outcome.of("resumed")]
+        assert reasons == ["Declined", *["Unspecified"] * (len(reasons) - 1)]
 
 
 async def test_invalid_input_fails_the_request_and_names_the_field(tmp_path):

@@ -101,6 +101,15 @@ async def test_a_node_that_has_something_to_serve_goes_on(start: Start) -> None:
     assert pod.log.read_text() == ""
 
 
+def test_a_node_whose_controlnets_alone_are_there_ends(start: Start) -> None:
+    pod = start(
+        {"identity": "dit", "options": {"broken": "no such layer"}},
+        {"identity": "edges", "component": "controlnet"},
+    )
+    assert pod.exit_code() == EXIT_FAILED
+    assert pod.log.read_text() == "WrongArchitecture: no such layer"
+
+
 async def test_a_source_that_does_not_answer_is_asked_again_before_the_node_gives_up(
     start: Start,
 ) -> None:

@@ -185,6 +185,41 @@ async def test_equal_weight_files_have_equal_digests(tmp_path: Path) -> None:
     await rig.stop()
 
 
+async def test_a_controlnet_that_comes_to_a_node_keeps_nobody_waiting(tmp_path: Path) -> None:
+    rig = await Rig(tmp_path).start([spec("dit", "transformer")])
+    rig.shelf.down = 1
+    await rig.plan(2, [spec("dit", "transformer"), spec("edges", "controlnet")])
+    residency = rig.server.residency
+    await rig.until(lambda: any(s.reason == "SourceUnavailable" for s in residency.statuses()))
+    assert not residency.settled
+    assert await health(rig) == health_pb2.HealthCheckResponse.SERVING
+    rig.clock.time += 2
+    await rig.plan(3, [spec("dit", "transformer"), spec("edges", "controlnet")])
+    assert (await rig.settled())["edges"].state == READY
+    assert await health(rig) == health_pb2.HealthCheckResponse.SERVING
+    await rig.stop()
+
+
+async def test_a_new_node_is_ready_when_its_controlnets_are(tmp_path: Path) -> None:
+    rig = await Rig(tmp_path).start(models=())
+    rig.shelf.down = 1
+    await rig.plan(1, [spec("edges", "controlnet"), spec("dit", "transformer")])
+    residency = rig.server.residency
+    await rig.until(lambda: "dit" in residency.ready)
+    assert await health(rig) == health_pb2.HealthCheckResponse.NOT_SERVING
+    await rig.stop()
+
+
+async def test_a_controlnet_alone_serves_nobody(tmp_path: Path) -> None:
+    dit = spec("dit", "transformer", options={"broken": "another architecture"})
+    rig = await Rig(tmp_path).start([spec("edges", "controlnet"), dit])
+    statuses = await rig.settled()
+    assert (statuses["edges"].state, statuses["dit"].state) == (READY, FAILED)
+    assert await health(rig) == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert rig.server.residency.hopeless == "WrongArchitecture: another architecture"
+    await rig.stop()
+
+
 async def test_reflection_lists_the_services(rig: Rig) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(rig.channel())
     call = stub.ServerReflectionInfo()

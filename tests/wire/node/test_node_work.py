@@ -248,14 +248,56 @@ async def test_only_declared_loras_are_used(tmp_path: Path) -> None:
     lora = node_pb2.LoraUse(name="style", uri="test://style", weight_name="w.safetensors")
     rig = await Rig(tmp_path).start([spec("enc", loras=[lora])])
     gateway = await rig.gateway()
-    used = [node_pb2.LoraUse(name="style", uri="file:///etc", scale=0.5)]
-    await gateway.assign("r1", loras=used)
+    used = node_pb2.LoraUse(name="style", uri="test://style", weight_name="w.safetensors")
+    used.scale = 0.5
+    await gateway.assign("r1", loras=[used])
     await gateway.event("done", "r1")
     (given,) = rig.shelf.models["enc"].loras[0]
     assert (given.path, given.scale) == (tmp_path / "style", 0.5)
-    assert "file:///etc" not in rig.shelf.opened
-    await gateway.assign("r2", loras=[node_pb2.LoraUse(name="other", uri="test://style")])
-    assert (await gateway.event("failed", "r2")).field == "loras.other"
+    # Of another plan than this node's, perhaps; it is not for the node to say that they are wrong.
+    others = [("other", "test://style"), ("style", "file:///etc"), ("style", "test://other")]
+    for name, uri in others:
+        use = node_pb2.LoraUse(name=name, uri=uri, weight_name="w.safetensors")
+        await gateway.assign(f"{name} {uri}", loras=[use])
+        declined = await gateway.event("declined", f"{name} {uri}")
+        assert declined.reason == node_pb2.DECLINE_REASON_NOT_RESIDENT
+        assert f"no LoRA {name!r}" in declined.message
+        assert uri not in {*rig.shelf.opened} - {"test://style"}
+    await rig.stop()
+
+
+async def test_a_task_keeps_the_loras_that_it_was_taken_with(tmp_path: Path) -> None:
+    """The planner takes a LoRA away while a task that uses it waits for its turn."""
+    lora = node_pb2.LoraUse(name="style", uri="test://style")
+    rig = await Rig(tmp_path).start([spec("enc", loras=[lora])])
+    gateway = await rig.gateway()
+    rig.strings.hold()
+    await gateway.assign("before")
+    await gateway.event("accepted", "before")
+    await gateway.assign("r1", loras=[lora])
+    await gateway.event("accepted", "r1")
+    await rig.plan(2, [spec("enc")])
+    await gateway.assign("r2", loras=[lora])
+    declined = await gateway.event("declined", "r2")
+    assert declined.reason == node_pb2.DECLINE_REASON_NOT_RESIDENT
+    rig.strings.release()
+    await gateway.event("done", "r1")
+    await rig.stop()
+
+
+async def test_a_model_tells_how_many_tasks_use_it(tmp_path: Path) -> None:
+    rig = await Rig(tmp_path).start([spec("enc"), spec("dit")])
+    gateway = await rig.gateway()
+    rig.strings.hold()
+    for name in ("a", "b"):
+        await gateway.assign(name)
+        await gateway.event("accepted", name)
+    used = {name: each.tasks for name, each in (await rig.statuses()).items()}
+    assert used == {"enc": 2, "dit": 0}
+    rig.strings.release()
+    for name in ("a", "b"):
+        await gateway.event("done", name)
+    assert {each.tasks for each in (await rig.statuses()).values()} == {0}
     await rig.stop()
 
 
