@@ -1,7 +1,7 @@
 # Every target sets up what it needs; a second run is quick.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all e2e lint fmt bench protos generate images clean
+.PHONY: help demo test test-all e2e lint fmt bench bench-gpu study protos generate images clean
 
 help:  ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ fmt:  ## Format the code
 
 bench:  ## Measure us against our peers; tables, CSV and plots under benchmarks/results/
 	@scripts/bench
+
+bench-gpu:  ## Measure the Triton kernels beside eager and inductor, on a machine with an NVIDIA GPU
+	@scripts/env bench,test && .venv/bin/python -m benchmarks.kernels.gpu
+
+study:  ## Compare estimators and arms of token pruning: six CPU hours; started again, it goes on
+	@scripts/env train && OMP_NUM_THREADS=1 .venv/bin/kubediffusion shiva study $(STUDY)
 
 protos:  ## Generate the Python code of protos/
 	@scripts/env lint && scripts/protos

@@ -21,6 +21,7 @@ from train.evaluate import evaluate_pipeline
 from train.evaluate_adapters import measure_control, measure_lora
 from train.export import export_pipeline
 from train.flow import FlowPlan, train_flow
+from train.larger import LargerPlan, export_larger, train_larger
 from train.reading import ReadingPlan, train_reading
 from train.vae import LatentCode, train_vae
 
@@ -32,6 +33,7 @@ MINUTES = {
     "flow": 92.0,
     "controlnet": 16.0,
     "lora": 12.0,
+    "larger": 90.0,
 }
 ADAM_RATES = {"flow": 1e-3, "controlnet": 1e-3, "lora": 2e-3}
 
@@ -88,6 +90,15 @@ def run_lora(args: argparse.Namespace) -> None:
     train_adapter(_plan(args, "lora"), "lora")
 
 
+def run_larger(args: argparse.Namespace) -> None:
+    """Carry the shipped transformer on at 256 pixels, and write it beside the pipeline."""
+    minutes = MINUTES["larger"] * args.scale
+    plan = LargerPlan(args.work, args.out / "pipeline", minutes, processes=args.processes)
+    train_larger(plan)
+    export_larger(plan, plan.pipeline / f"transformer_{plan.pixels}")
+    draw_curves(args.work / "logs", args.out / "results")
+
+
 def run_export(args: argparse.Namespace) -> None:
     """Write what is trained in diffusers' layout, and the training curves."""
     export_pipeline(args.work, args.out / "pipeline", args.pixels)
@@ -102,7 +113,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     folder, results = args.out / "pipeline", args.out / "results"
     for length in args.lengths:
-        evaluate_pipeline(folder, results, args.images, args.steps, args.guidance, length)
+        evaluate_pipeline(
+            folder, results, args.images, args.steps, args.guidance, length, args.pixels
+        )
+    if args.pixels != PIXELS:
+        return  # the adapters are the 128-pixel transformer's
     length, fewer = min(args.lengths), max(2, args.images // 3)
     edges, outline = args.out / "controlnets" / "edges", args.out / "loras" / "outline"
     if edges.exists():
@@ -120,7 +135,11 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "lora": run_lora,
     "export": run_export,
     "evaluate": run_evaluate,
+    "larger": run_larger,
 }
+
+# `larger` carries on what is shipped, and is asked for by name.
+FROM_NOTHING = [stage for stage in STAGES if stage != "larger"]
 
 
 def _arguments() -> argparse.Namespace:
@@ -144,7 +163,7 @@ def main() -> None:
     """Run one stage, or all of them."""
     args = _arguments()
     (args.work / "logs").mkdir(parents=True, exist_ok=True)
-    for stage in STAGES if args.stage == "all" else [args.stage]:
+    for stage in FROM_NOTHING if args.stage == "all" else [args.stage]:
         print(f"--- {stage}", flush=True)
         STAGES[stage](args)
 

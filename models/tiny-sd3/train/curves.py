@@ -33,7 +33,7 @@ def draw_curves(logs: Path, results: Path) -> None:
         with source.open(newline="") as file:
             rows = list(csv.DictReader(file))
         figure, axes = plt.subplots(figsize=(5, 3))
-        for column in columns:
+        for column in (column for column in columns if column in rows[0]):
             points = [(float(row["step"]), float(row[column])) for row in rows if row[column]]
             axes.plot(*zip(*points, strict=True), label=column)
         axes.set(xlabel="step", title=name, yscale="log")

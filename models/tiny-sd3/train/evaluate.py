@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from numpy.typing import NDArray
 from PIL import Image
 
 from train.checker import Verdict, check
+from train.common import PIXELS
 from train.world import Scene, caption, scenes
 
 Painter = Callable[[list[str], list[Scene], torch.Generator], NDArray[np.uint8]]
@@ -112,11 +113,26 @@ def _rows(pictures: NDArray[np.uint8], columns: int) -> list[NDArray[np.uint8]]:
     return [pictures[start : start + columns] for start in range(0, whole, columns)]
 
 
+def load_at(folder: Path, pixels: int) -> StableDiffusion3Pipeline:
+    """The pipeline, with the transformer of larger pictures where these are not its own."""
+    larger = folder / f"transformer_{pixels}"
+    if not larger.exists():
+        return StableDiffusion3Pipeline.from_pretrained(folder)
+    transformer = SD3Transformer2DModel.from_pretrained(larger)
+    return StableDiffusion3Pipeline.from_pretrained(folder, transformer=transformer)
+
+
 def evaluate_pipeline(
-    folder: Path, results: Path, count: int, steps: int, guidance: float, length: int
+    folder: Path,
+    results: Path,
+    count: int,
+    steps: int,
+    guidance: float,
+    length: int,
+    pixels: int = PIXELS,
 ) -> dict[str, Any]:
     """Measure one and two objects; writes a JSON file and a sheet of samples."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline = load_at(folder, pixels)
     options = {
         "num_inference_steps": steps,
         "guidance_scale": guidance,
@@ -133,10 +149,11 @@ def evaluate_pipeline(
         report[name] = summarize(verdicts) | {"seconds_per_image": round(seconds, 3)}
         failures = zip(cases, verdicts, strict=True)
         report[name]["failed"] = [case.text for case, verdict in failures if not verdict.right]
-        samples.append(pictures[: 16 * objects])
+        samples.append(pictures[: 16 * objects * PIXELS // pixels])
         print(f"{name}: {report[name]}", flush=True)
     results.mkdir(parents=True, exist_ok=True)
-    path = results / f"evaluation_{length}.json"
+    size = "" if pixels == PIXELS else f"_{pixels}px"
+    path = results / f"evaluation_{length}{size}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
-    sheet(np.concatenate(samples), 8, results / f"samples_{length}.png")
+    sheet(np.concatenate(samples), 8, results / f"samples_{length}{size}.png")
     return report
