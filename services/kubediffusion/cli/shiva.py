@@ -229,7 +229,7 @@ def study(
             results=results,
             runs=runs,
             pipeline=shapes / "pipeline",
-            transformer=shapes / "pipeline" / f"transformer_{pixels}",
+            transformer=shapes.with_name(f"{shapes.name}-{pixels}") / "transformer",
             trainer=shapes,
             parts=part,
             scale_file=scale,
