@@ -187,6 +187,31 @@ MODELS = (
             ),
         ),
     ),
+    Panel(
+        "Tokens kept",
+        "Of the image tokens that came to prunable blocks, in pruned requests.",
+        "percentunit",
+        (
+            (
+                "{{model}}",
+                per_second("kubediffusion_node_image_tokens_total", "model", f'{N}, outcome="kept"')
+                + " / "
+                + per_second("kubediffusion_node_image_tokens_total", "model"),
+            ),
+        ),
+    ),
+    Panel(
+        "Compiled blocks",
+        "Graphs of each node, and seconds a second spent on making some: none once it is ready.",
+        "short",
+        (
+            ("{{pod}} graphs", f"sum by (pod) (kubediffusion_node_compiled_graphs{{{N}}})"),
+            (
+                "{{model}} compiling",
+                per_second("kubediffusion_node_compile_seconds_total", "model"),
+            ),
+        ),
+    ),
 )
 
 NODES = (

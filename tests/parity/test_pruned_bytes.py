@@ -174,6 +174,8 @@ async def test_a_budget_that_cannot_be_is_refused_and_says_which_can(
     resolved = workflow.resolve(definition, read_index(f"file://{setup.path}"))
     async with LocalRuntime(workflows=[resolved]) as runtime:
         await runtime.ready()
+        (info,) = runtime.gateway.list_workflows()
+        assert (list(info.budgets), info.budget) == ([1.0, 0.8, 0.6, 0.4], 0.6)
 
         async def ask(budget: float) -> None:
             request = build_request("pruned", "", inputs=inputs(CASES[0]), budget=budget)

@@ -70,6 +70,10 @@ class Workflow:
     inputs: tuple[Input, ...]
     loras: tuple[str, ...]
     models: tuple[str, ...]
+    # Mean keep ratios that a request may ask for, 1 being all tokens, and the one it has where it
+    # names none; empty and None of a workflow that prunes nothing.
+    budgets: tuple[float, ...] = ()
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,8 @@ def workflow_of(info: gateway_pb2.WorkflowInfo) -> Workflow:
         inputs=tuple(_input_of(each) for each in info.inputs),
         loras=tuple(info.loras),
         models=tuple(info.models),
+        budgets=tuple(info.budgets),
+        budget=info.budget if info.HasField("budget") else None,
     )
 
 

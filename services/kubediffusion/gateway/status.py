@@ -40,6 +40,7 @@ def describe_workflow(workflow: wf.ResolvedWorkflow, fleet: Fleet) -> gateway_pb
     message = ""
     if roles:
         message = f"no node is ready for {', '.join(roles)}" + (f" ({why})" if why else "")
+    facts = fleet.facts.get(identities.get("transformer", ""), {})
     return gateway_pb2.WorkflowInfo(
         name=workflow.name,
         ready=not roles,
@@ -47,6 +48,8 @@ def describe_workflow(workflow: wf.ResolvedWorkflow, fleet: Fleet) -> gateway_pb
         inputs=[_input_info(spec) for spec in workflow.inputs.values()],
         loras=list(workflow.loras),
         models=list(identities.values()),
+        budgets=wf.offered_budgets(workflow, facts),
+        budget=workflow.pruning.budget if workflow.pruning else None,
     )
 
 

@@ -67,6 +67,12 @@ class Pruning:
         if self._artifact is not None or "compile" in spec.options:
             self._handle = _applied(module, self._artifact)
         if self._handle is not None and "compile" in spec.options:
+            if spec.options["compile"] != "default":
+                raise UnsupportedModel(
+                    f"{spec.options['compile']!r} is no mode of compiling that this family offers; "
+                    "use default",
+                    field="compile",
+                )
             self._compiled = _compiled(spec, self._handle)
             self._measure_compiler()
 
@@ -159,6 +165,7 @@ def _applied(module: Any, artifact: Artifact | None) -> ShivaHandle:
             reason="WrongArchitecture",
         ) from error
     handle.router.to(module.device).eval().requires_grad_(False)
+    carrier.adapter = None  # it is in the weights now
     return handle
 
 

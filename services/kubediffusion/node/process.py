@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -45,6 +46,9 @@ def run_process(config: NodeConfig, library: Library | None = None) -> None:
         log.error("node %s cannot start: %s", config.node_id, error)
         last_words(config, f"{error.reason}: {error}")
         code = 1
+    finally:
+        # Loading froze what there is; bindings written in C++ would call that leaked, at length.
+        gc.unfreeze()
     if code:
         sys.exit(code)
 

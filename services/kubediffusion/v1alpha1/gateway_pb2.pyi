@@ -268,20 +268,24 @@ class ListWorkflowsResponse(_message.Message):
     def __init__(self, workflows: _Optional[_Iterable[_Union[WorkflowInfo, _Mapping]]] = ...) -> None: ...
 
 class WorkflowInfo(_message.Message):
-    __slots__ = ("name", "ready", "message", "inputs", "loras", "models")
+    __slots__ = ("name", "ready", "message", "inputs", "loras", "models", "budgets", "budget")
     NAME_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    BUDGETS_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
     name: str
     ready: bool
     message: str
     inputs: _containers.RepeatedCompositeFieldContainer[InputInfo]
     loras: _containers.RepeatedScalarFieldContainer[str]
     models: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., ready: _Optional[bool] = ..., message: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[InputInfo, _Mapping]]] = ..., loras: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...
+    budgets: _containers.RepeatedScalarFieldContainer[float]
+    budget: float
+    def __init__(self, name: _Optional[str] = ..., ready: _Optional[bool] = ..., message: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[InputInfo, _Mapping]]] = ..., loras: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[str]] = ..., budgets: _Optional[_Iterable[float]] = ..., budget: _Optional[float] = ...) -> None: ...
 
 class InputInfo(_message.Message):
     __slots__ = ("name", "type", "required", "default", "minimum", "maximum", "multiple_of", "description")

@@ -3,7 +3,7 @@
 """The workflow language: `resolve` a workflow once, `bind` and `expand` each request. Pure."""
 
 from kubediffusion.workflow.bind import bind, seed_from_key
-from kubediffusion.workflow.budget import choose_budget, work_share
+from kubediffusion.workflow.budget import choose_budget, offered_budgets, work_share
 from kubediffusion.workflow.expand import expand
 from kubediffusion.workflow.resolve import resolve, sources
 from kubediffusion.workflow.revision import (
@@ -53,6 +53,7 @@ __all__ = [
     "decode",
     "encode",
     "expand",
+    "offered_budgets",
     "pinned_spec",
     "resolve",
     "revision_name",

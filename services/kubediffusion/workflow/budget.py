@@ -46,13 +46,21 @@ def choose_budget(
     shipped = shipped_budgets(facts)
     found = next((each for each in shipped if _same(each, budget)), None)
     if shipped and found is None:
-        within = [each for each in (1.0, *shipped) if _within(pruning, each)]
+        offered = offered_budgets(resolved, facts)
         raise InvalidInput(
             f"{budget:g} is no budget of this workflow's artifact; "
-            f"{', '.join(f'{each:g}' for each in within)} can be asked for",
+            f"{', '.join(f'{each:g}' for each in offered)} can be asked for",
             field=FIELD,
         )
     return budget if found is None else found
+
+
+def offered_budgets(resolved: ResolvedWorkflow, facts: Mapping[str, Value]) -> tuple[float, ...]:
+    """What requests may ask for, the largest first; empty while no node has told its artifact's."""
+    pruning, shipped = resolved.pruning, shipped_budgets(facts)
+    if pruning is None or not shipped:
+        return ()
+    return tuple(each for each in (1.0, *shipped) if _within(pruning, each))
 
 
 def shipped_budgets(facts: Mapping[str, Value]) -> tuple[float, ...]:

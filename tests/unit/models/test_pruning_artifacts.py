@@ -90,6 +90,20 @@ def test_budgets_need_an_artifact_and_one_of_its_tables(
     assert pruned.start(inputs).pruning.row(1.0) is None
 
 
+def test_only_a_transformer_is_pruned_or_compiled_and_in_one_way(
+    pristine: Path, artifact: Path, spec_of: SpecOf
+) -> None:
+    for field, options in (
+        ("pruning", {"pruning_path": artifact}),
+        ("compile", {"options": {"compile": "default"}}),
+    ):
+        with pytest.raises(UnsupportedModel, match="its transformer can") as info:
+            models.load(spec_of(pristine, "vae", **options))
+        assert info.value.field == field
+    with pytest.raises(UnsupportedModel, match="no mode of compiling"):
+        models.load(spec_of(pristine, "transformer", options={"compile": "max-autotune"}))
+
+
 def test_an_artifact_of_other_weights_is_refused(
     artifact: Path, spec_of: SpecOf, tmp_path: Path
 ) -> None:

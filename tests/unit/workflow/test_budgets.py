@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sd3_case import resolved
 
 from kubediffusion.errors import InvalidInput, InvalidWorkflow
-from kubediffusion.workflow import ResolvedWorkflow, choose_budget, work_share
+from kubediffusion.workflow import ResolvedWorkflow, choose_budget, offered_budgets, work_share
 
 FACTS = {"budgets": "0.8,0.6,0.4", "blocks": 8}
 ARTIFACT = {"uri": "hf://org/pruned"}
@@ -94,6 +94,12 @@ def test_the_budget_is_no_part_of_the_identity_and_the_artifact_is() -> None:
     first = pruned(budget="0.6", minBudget="0.4").models["transformer"]
     assert first.identity == pruned(budget="0.8").models["transformer"].identity != own
     assert first.options == {"pruning_uri": "hf://org/pruned"}
+
+
+def test_what_can_be_asked_for_is_told_once_a_node_has_told_it() -> None:
+    bounded = pruned(budget="0.6", minBudget="0.5")
+    assert offered_budgets(bounded, FACTS) == (1.0, 0.8, 0.6)
+    assert offered_budgets(bounded, {}) == offered_budgets(resolved(), FACTS) == ()
 
 
 def test_a_budget_scales_the_work_of_the_blocks_that_it_prunes() -> None:

@@ -385,8 +385,14 @@ async def test_workflows_say_what_they_take(face: Face, gateway: FakeGateway) ->
         name="steps", type="integer", default=tensor_pb2.Value(integer=28), minimum=1
     )
     prompt = gateway_pb2.InputInfo(name="prompt", type="string", required=True)
-    gateway.workflows = [gateway_pb2.WorkflowInfo(name="sd3", ready=True, inputs=[prompt, steps])]
-    (workflow,) = await face.call("workflows")
+    pruned = gateway_pb2.WorkflowInfo(name="pruned", budgets=[1, 0.6], budget=0.6)
+    gateway.workflows = [
+        gateway_pb2.WorkflowInfo(name="sd3", ready=True, inputs=[prompt, steps]),
+        pruned,
+    ]
+    workflow, other = await face.call("workflows")
+    assert (workflow.budgets, workflow.budget) == ((), None)
+    assert (other.budgets, other.budget) == ((1.0, 0.6), 0.6)
     assert (workflow.name, workflow.ready) == ("sd3", True)
     assert [(each.name, each.required) for each in workflow.inputs] == [
         ("prompt", True),

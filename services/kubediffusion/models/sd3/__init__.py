@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kubediffusion.errors import UnsupportedModel
 from kubediffusion.models.autoencoder import Autoencoder
 from kubediffusion.models.base import Family, LoadSpec, Model
 from kubediffusion.models.sd3.controlnet import Sd3ControlNet
@@ -34,6 +35,13 @@ _LOADERS: dict[str, Any] = {
 
 
 def _load(spec: LoadSpec) -> Model:
+    asked = ("pruning",) if spec.pruning_path is not None else ()
+    asked += ("compile",) if "compile" in spec.options else ()
+    if asked and spec.component != "transformer":
+        raise UnsupportedModel(
+            f"a {spec.component} of this family cannot do that; its transformer can",
+            field=asked[0],
+        )
     return _LOADERS[spec.component](spec)
 
 
