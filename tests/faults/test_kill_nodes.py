@@ -66,20 +66,21 @@ async def generate(gateway: Gateway, seed: int, on_event=None):
 async def test_every_generation_survives_the_death_of_a_node_and_gives_the_same_picture(tmp_path):
     """A node dies at a random point of each of 8 generations, and comes back a little later."""
     draw = random.Random(11)
-    async with service(tmp_path, "abc", 0.005) as (gateway, nodes):
+    # Steps that several reports of progress fit into, which come ten times a second.
+    async with service(tmp_path, "abc", 0.03) as (gateway, nodes):
         undisturbed = [(await generate(gateway, seed))[0] for seed in range(GENERATIONS)]
         assert len(set(undisturbed)) == GENERATIONS
         resumed = 0
         for seed in range(GENERATIONS):
-            # After so many events: anywhere from the queue to the decoder.
-            left = draw.randrange(STEPS + 6)
+            # Once so many steps are done: anywhere from the encoders to the decoder.
+            fatal, done = draw.randrange(STEPS + 1), 0
             victim: RealNode | None = None
 
-            async def kill_in_time(kind, event):
-                nonlocal left, victim, resumed
+            async def kill_in_time(kind, event, fatal=fatal):
+                nonlocal done, victim, resumed
                 resumed += kind == "resumed"
-                left -= 1
-                if left <= 0 and victim is None:
+                done = event.stepped.step if kind == "stepped" else done
+                if done >= fatal and victim is None:
                     names = {f"unix:{tmp_path}/{n.node_id}.sock" for n in busy(gateway)}
                     candidates = [n for n in nodes if n.address in names] or nodes
                     victim = draw.choice(candidates)
