@@ -9,7 +9,8 @@
                   untrained merging beside the arms
     D  budgets    the other tables of the shipped artifact
 
-All arms see the same samples. Tuning is on validation prompts, at most three trials an arm; the
+All arms see the same samples. Samples at one noise level are one cluster of the bootstrap, as are
+pictures of one prompt. Tuning is on validation prompts, at most three trials an arm; the
 choice is written down and frozen before a test sample is drawn. Primary endpoint: Shiva against
 fixed ratio, velocity error to dense at 0.6.
 
@@ -197,17 +198,19 @@ class Study:
         arms = screen_arms(self.scale)
         choice = chosen_once(self.results / "screen_choice.json", lambda: self._tune(arms))
         errors: dict[str, NDArray[np.float64]] = {}
+        times: Sequence[float] = ()
         for name, config in arms.items():
             tuned = _with_rate(config, choice["rates"].get(name))
-            errors[name] = self.velocity(name, tuned, TEST)["to_dense"]
+            measured = self.velocity(name, tuned, TEST)
+            errors[name], times = measured["to_dense"], measured["sigmas"].tolist()
         report = {
             "what": "study A: router only, ratio 0.6, velocity error to dense",
             "samples": self.scale.samples,
             "steps": self.scale.screen_steps,
             "samples_a_step": self.scale.micro_batches * self.scale.micro_batch,
             "arms": {name: {"mse": float(values.mean())} for name, values in errors.items()},
-            "against_random": _against(errors, "random"),
-            "against_residual": _against(errors, Estimator.RESIDUAL.value),
+            "against_random": _against(errors, "random", times),
+            "against_residual": _against(errors, Estimator.RESIDUAL.value, times),
             "winner": choice["winner"],
             "validation": choice["validation"],
             "cpu_hours_so_far": round(self.runs.budget.spent / 3600, 2),
@@ -256,6 +259,7 @@ class Study:
                 errors.setdefault(name, []).append(self.velocity(name, seeded, TEST))
         means = {n: np.mean([e["to_dense"] for e in es], axis=0) for n, es in errors.items()}
         data = {n: np.mean([e["to_data"] for e in es], axis=0) for n, es in errors.items()}
+        times: Sequence[float] = errors["shiva"][0]["sigmas"].tolist()
         report = {
             "what": "study B: trained arms at 0.6, velocity errors, mean over training seeds",
             "samples": self.scale.samples,
@@ -270,9 +274,9 @@ class Study:
                 for name in errors
             },
             "primary_shiva_minus_fixed": paired_difference(
-                means["shiva"], means["fixed"]
+                means["shiva"], means["fixed"], times
             ).as_dict(),
-            "to_data_against_dense": _against(data, "dense"),
+            "to_data_against_dense": _against(data, "dense", times),
             "cpu_hours_so_far": round(self.runs.budget.spent / 3600, 2),
         }
         write_json(self.results / "arms.json", report)
@@ -370,7 +374,7 @@ def _with_rate(config: TrainConfig, rate: float | None) -> TrainConfig:
 
 
 def _against(
-    values: Mapping[str, NDArray[np.float64]], reference: str, clusters: Sequence[int] | None = None
+    values: Mapping[str, NDArray[np.float64]], reference: str, clusters: Sequence[float]
 ) -> dict[str, Any]:
     return {
         name: paired_difference(mine, values[reference], clusters).as_dict()

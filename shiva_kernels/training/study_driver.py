@@ -66,7 +66,7 @@ def _screen(study: Study) -> Path:
     return plots.arm_bars(
         bars,
         study.results / "screen.png",
-        label="velocity MSE to dense; bars: 95 % of the paired difference to random",
+        label="velocity MSE to dense (95 % of the difference to random)",
         title=f"A: router only, ratio 0.6, {report['samples']} samples",
     )
 
@@ -80,7 +80,7 @@ def _arms(study: Study) -> Path:
     return plots.arm_bars(
         bars,
         study.results / "arms.png",
-        label="velocity MSE to dense; bars: lowest and highest training seed",
+        label="velocity MSE to dense (lowest and highest training seed)",
         title="B: trained arms at 0.6",
     )
 
@@ -95,7 +95,7 @@ def _pictures(study: Study) -> Path:
     return plots.arm_bars(
         bars,
         study.results / "pictures.png",
-        label="pictures right; bars: 95 % of the paired difference to dense",
+        label="pictures right (95 % of the difference to dense)",
         title=f"C: {report['prompts']} prompts x {report['seeds']} seeds",
     )
 

@@ -95,7 +95,7 @@ def run_larger(args: argparse.Namespace) -> None:
     minutes = MINUTES["larger"] * args.scale
     plan = LargerPlan(args.work, args.out / "pipeline", minutes, processes=args.processes)
     train_larger(plan)
-    export_larger(plan, plan.pipeline / f"transformer_{plan.pixels}")
+    export_larger(plan, HERE.parent / f"tiny-sd3-{plan.pixels}" / "transformer")
     draw_curves(args.work / "logs", args.out / "results")
 
 

@@ -115,7 +115,7 @@ def _rows(pictures: NDArray[np.uint8], columns: int) -> list[NDArray[np.uint8]]:
 
 def load_at(folder: Path, pixels: int) -> StableDiffusion3Pipeline:
     """The pipeline, with the transformer of larger pictures where these are not its own."""
-    larger = folder / f"transformer_{pixels}"
+    larger = folder.parent.parent / f"tiny-sd3-{pixels}" / "transformer"
     if not larger.exists():
         return StableDiffusion3Pipeline.from_pretrained(folder)
     transformer = SD3Transformer2DModel.from_pretrained(larger)
