@@ -121,22 +121,16 @@ def test_a_cache_that_others_may_write_to_is_not_run(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_second_start_finds_the_compiled_code_of_the_first(
-    pristine: Path, artifact: Path, spec_of: SpecOf, tmp_path: Path
+    pristine: Path, spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With inductor and a C++ compiler: minutes on a busy machine."""
+    monkeypatch.setattr(pruning, "_WARM_UP", pruning._WARM_UP[:1])
     options = {"compile": "default"}
-    spec = spec_of(
-        pristine,
-        "transformer",
-        pruning_path=artifact,
-        options=options,
-        compile_cache=tmp_path,
-    )
+    spec = spec_of(pristine, "transformer", options=options, compile_cache=tmp_path)
     first: Any = loaded(spec)
-    eager = loaded(spec_of(pristine, "transformer", pruning_path=artifact))
-    torch.testing.assert_close(drawn(first, 0.6), drawn(eager, 0.6), rtol=1e-3, atol=1e-4)
     torch._dynamo.reset()
     second: Any = loaded(spec)
-    assert second.measures.graphs == first.measures.graphs == GRAPHS
+    assert second.measures.graphs == first.measures.graphs == 2
     assert second.measures.compile_seconds < first.measures.compile_seconds / 2
