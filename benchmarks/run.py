@@ -26,6 +26,7 @@ SUITES = {
     "tensors": "benchmarks.tensors:run",
     "pruning": "benchmarks.pruning:run",
     "pruning-start": "benchmarks.pruning_start:run",
+    "pruning-training": "benchmarks.pruning_training:run",
     "pruning-service": "benchmarks.pruned_service:run",
     "overhead": "benchmarks.overhead:run",
     "latency": "benchmarks.side_by_side:run_latency",

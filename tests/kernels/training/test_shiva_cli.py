@@ -134,6 +134,15 @@ def test_speed_is_told_beside_flops(trained: Path, tmp_path: Path) -> None:
     assert flops[2] < 0.85 * flops[0]  # of 120 tokens 56 are text, and all of these stay
 
 
+def test_the_shipped_artifact_prunes_the_shipped_transformer() -> None:
+    folder = TINY.with_name("tiny-sd3-256")
+    transformer = load_pipeline(PIPELINE, folder / "transformer").transformer
+    handle = apply_shiva(transformer, ShivaConfig(folder / "pruning", budget=0.6))
+    for budget in (0.8, 0.6, 0.4):
+        assert handle.table(budget).tokens == 256
+        assert handle.table(budget).mean_keep_ratio == pytest.approx(budget, abs=0.005)
+
+
 def test_the_log_is_in_tensorboard_too(trained: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(next(trained.rglob("events.out*")).parent))
