@@ -1,0 +1,512 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The discrete-event core: machines carry out what policies decide.
+
+A machine runs its works first in, first out; a work is one event, its end. Everything that happens
+at one instant is told before the policies are asked, so that simultaneous arrivals are seen
+together. Several gateways each have a policy of their own over the same machines: what the others
+do they learn from reports that are `report_interval` seconds apart, and a machine that is taken
+declines what assumed that it is idle.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from kubediffusion.scheduling.costs import Costs
+from kubediffusion.scheduling.pipelines import Job
+from kubediffusion.scheduling.policy import (
+    Action,
+    Finish,
+    Load,
+    Node,
+    Policy,
+    Revoke,
+    Shed,
+    Start,
+    Work,
+)
+from kubediffusion.simulate.machines import Machine, Running
+
+
+class Kind(IntEnum):
+    ARRIVAL = 0
+    END = 1
+    LOADED = 2
+    FAULT = 3
+    NOTICED = 4
+    WAKE = 5
+    REPORT = 6
+    SCALE = 7
+
+
+class FaultKind(IntEnum):
+    LOST = 0
+    SLOW = 1
+    CUT_OFF = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """At `time` a node is lost, takes `factor` times as long, or cannot be reached, until `until`
+    (a lost one comes back empty)."""
+
+    time: float
+    node: int
+    kind: FaultKind = FaultKind.LOST
+    factor: float = 3.0
+    until: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """``noise`` is the standard deviation of the logarithm of run times; gateways hear of each
+    other's work `report_interval` late, and of a lost node after `notice_seconds`; checkpoints are
+    `checkpoint_steps` apart."""
+
+    noise: float = 0.0
+    seed: int = 0
+    report_interval: float = 0.0
+    notice_seconds: float = 0.5
+    checkpoint_steps: int = 5
+    faults: tuple[Fault, ...] = ()
+    timeline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What a machine did from `start` to `end`."""
+
+    node: int
+    start: float
+    end: float
+    what: str
+    kind: str
+    jobs: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Outcome:
+    """When each request was done (None: never), and what it took."""
+
+    finished: dict[int, float] = field(default_factory=dict[int, float])
+    shed: dict[int, float] = field(default_factory=dict[int, float])
+    spans: list[Span] = field(default_factory=list[Span])
+    gpu_seconds: float = 0.0
+    load_seconds: float = 0.0
+    loads: int = 0
+    peak_bytes: float = 0.0
+    end: float = 0.0
+    events: int = 0
+    starts: int = 0
+    rounds: int = 0
+    lost_steps: int = 0
+    most_lost: int = 0
+    declined: int = 0
+
+
+Hook = Callable[["Simulation", float], float | None]
+
+
+class Simulation:
+    """Jobs sorted by arrival; `gateway_of(job)` names the policy that it comes to."""
+
+    def __init__(
+        self,
+        machines: Sequence[Machine],
+        policies: Sequence[Policy],
+        jobs: Sequence[Job],
+        costs: Costs,
+        options: Options | None = None,
+        gateway_of: Callable[[Job], int] | None = None,
+        hooks: Sequence[tuple[float, Hook]] = (),
+    ) -> None:
+        self.machines = machines
+        self.policies = policies
+        self.jobs = jobs
+        self.costs = costs
+        self.options = options or Options()
+        self.outcome = Outcome()
+        self.now = 0.0
+        self._gateway_of = gateway_of or (lambda job: 0)
+        self._random = random.Random(self.options.seed)
+        self._heap: list[tuple[float, int, int, object]] = []
+        self._serial = 0
+        self._touched: set[int] = set()
+        self._owner: dict[int, int] = {}
+        self._open = len(jobs)
+        self._waiting_for: dict[int, Running] = {}
+        self._hooks = list(hooks)
+        self._wakes: list[float | None] = [None] * len(policies)
+
+    # ---------------------------------------------------------------- the loop
+
+    def run(self) -> Outcome:
+        self._prepare()
+        heap, jobs, at = self._heap, self.jobs, 0
+        infinity = float("inf")
+        while self._open:
+            arrival = jobs[at].arrival if at < len(jobs) else infinity
+            event = heap[0][0] if heap else infinity
+            now = min(arrival, event)
+            if now == infinity:
+                break
+            self.now = now
+            while at < len(jobs) and jobs[at].arrival <= now:
+                self._arrive(jobs[at])
+                at += 1
+            while heap and heap[0][0] <= now:
+                _, _, kind, body = heapq.heappop(heap)
+                self.outcome.events += 1
+                _HANDLERS[kind](self, body)
+            self._decide()
+        outcome = self.outcome
+        outcome.end = self.now
+        outcome.gpu_seconds = sum(machine.busy_seconds for machine in self.machines)
+        outcome.load_seconds = sum(machine.load_seconds for machine in self.machines)
+        outcome.loads = sum(machine.loads for machine in self.machines)
+        outcome.peak_bytes = sum(machine.peak for machine in self.machines)
+        return outcome
+
+    def _prepare(self) -> None:
+        for fault in self.options.faults:
+            self._push(fault.time, Kind.FAULT, fault)
+        if len(self.policies) > 1 and self.options.report_interval > 0:
+            self._push(self.options.report_interval, Kind.REPORT, None)
+        for time, hook in self._hooks:
+            self._push(time, Kind.SCALE, hook)
+        for policy in self.policies:
+            policy.fleet_changed(0.0)
+        self._touched.update(range(len(self.policies)))
+        self._decide()
+
+    def _push(self, time: float, kind: Kind, body: object) -> None:
+        self._serial += 1
+        heapq.heappush(self._heap, (time, self._serial, int(kind), body))
+
+    def _arrive(self, job: Job) -> None:
+        gateway = self._gateway_of(job)
+        self.policies[gateway].arrived(job, self.now)
+        self._touched.add(gateway)
+
+    def _decide(self) -> None:
+        touched = self._touched
+        while touched:
+            gateway = touched.pop()
+            policy = self.policies[gateway]
+            self.outcome.rounds += 1
+            for action in policy.decide(self.now):
+                self._act(gateway, action)
+            wake = policy.wake_at(self.now)
+            if wake is not None and wake != self._wakes[gateway]:
+                self._wakes[gateway] = wake
+                self._push(wake, Kind.WAKE, gateway)
+
+    # ---------------------------------------------------------------- actions
+
+    def _act(self, gateway: int, action: Action) -> None:
+        if isinstance(action, Start):
+            self.outcome.starts += 1
+            self._start(gateway, action.work)
+        elif isinstance(action, Finish):
+            self.outcome.finished[action.job.id] = self.now
+            self._open -= 1
+        elif isinstance(action, Shed):
+            self.outcome.shed[action.job.id] = self.now
+            self._open -= 1
+        elif isinstance(action, Revoke):
+            self._revoke(action.work)
+        else:
+            self._load(gateway, action)
+
+    def _start(self, gateway: int, work: Work) -> None:
+        self._owner[id(work)] = gateway
+        machine = self.machines[work.node]
+        if len(self.policies) > 1 and not self._takes(work):
+            self.outcome.declined += 1
+            work.done = [0] * len(work.calls)
+            work.ended = True
+            self._tell_foreign(gateway, work)
+            self.policies[gateway].ended(work, self.now)
+            self._touched.add(gateway)
+            return
+        if not machine.up:
+            return  # lost with its node; the policy hears of that when it is noticed
+        if machine.running is None and machine.reserved_by is None:
+            self._begin(machine, work)
+        else:
+            machine.queue.append(work)
+
+    def _takes(self, work: Work) -> bool:
+        return all(self.machines[each].idle for each in (work.node, *work.helpers))
+
+    def _tell_foreign(self, gateway: int, work: Work) -> None:
+        """A machine that declines says what it is busy with."""
+        for index in (work.node, *work.helpers):
+            running = self.machines[index].running
+            node = self.policies[gateway].nodes[index]
+            if running is not None and self._owner[id(running.work)] != gateway:
+                node.foreign_until = running.end
+            elif self.machines[index].reserved_by is not None:
+                node.foreign_until = self.now + 0.1
+
+    def _begin(self, machine: Machine, work: Work) -> None:
+        now = self.now
+        loading = machine.make_resident(work.models, self.costs) if work.models else 0.0
+        if loading:
+            self._show(machine)
+            self._span(machine.index, now, now + loading, "+".join(work.models), "load")
+        for helper in work.helpers:
+            self.machines[helper].reserved_by = work
+        factor = machine.factor
+        for helper in work.helpers:
+            factor = max(factor, self.machines[helper].factor)
+        if self.options.noise:
+            factor *= self._random.lognormvariate(0.0, self.options.noise)
+        self._serial += 1
+        running = Running(work, now, now + loading + work.setup, factor, self._serial)
+        machine.running = running
+        after = work.after
+        if after is not None and not after.ended:
+            # Known when its producer ends: the event is pushed then.
+            self._waiting_for[id(after)] = running
+            return
+        self._push(running.end, Kind.END, (machine.index, running.token))
+
+    def _revoke(self, work: Work) -> None:
+        running = self.machines[work.node].running
+        if running is None or running.work is not work or running.revoked:
+            return
+        done, boundary = running.progress(self.now)
+        if boundary >= running.end - 1e-9:
+            return
+        running.revoked = True
+        work.done = done
+        self._serial += 1
+        running.token = self._serial
+        running.end = boundary
+        self._push(boundary, Kind.END, (work.node, running.token))
+
+    def _load(self, gateway: int, action: Load) -> None:
+        machine = self.machines[action.node]
+        if not machine.idle or action.model in machine.resident:
+            return
+        for model in action.evict:
+            if model in machine.resident:
+                machine.drop(model)
+        nbytes = self.costs.models[action.model].nbytes
+        if machine.used + nbytes > machine.memory + 1.0:
+            self._show(machine)
+            return
+        machine.reserved_by = action
+        machine.peak = max(machine.peak, machine.used + nbytes)
+        seconds = self.costs.load(action.model)
+        machine.loads += 1
+        machine.load_seconds += seconds
+        self._show(machine)
+        for policy in self.policies:
+            policy.nodes[action.node].loading[action.model] = self.now + seconds
+        self._span(machine.index, self.now, self.now + seconds, action.model, "load")
+        self._push(self.now + seconds, Kind.LOADED, action)
+
+    # ---------------------------------------------------------------- events
+
+    def _on_end(self, body: tuple[int, int]) -> None:
+        index, token = body
+        machine = self.machines[index]
+        running = machine.running
+        if running is None or running.token != token:
+            return
+        work = running.work
+        if not running.revoked:
+            work.done = [call.count for call in work.calls]
+        work.ended = True
+        machine.running = None
+        self._account(machine, running)
+        self._free_helpers(work)
+        waiter = self._waiting_for.pop(id(work), None)
+        if waiter is not None:
+            self._release(waiter)
+        gateway = self._owner.pop(id(work))
+        if machine.queue:
+            self._begin(machine, machine.queue.popleft())
+        self.policies[gateway].ended(work, self.now)
+        self._touched.add(gateway)
+
+    def _account(self, machine: Machine, running: Running) -> None:
+        work = running.work
+        busy = self.now - running.started
+        machine.busy_seconds += busy
+        for helper in work.helpers:
+            self.machines[helper].busy_seconds += busy
+        if self.options.timeline:
+            jobs = tuple(job.id for job in work.jobs)
+            what = work.calls[0].model if len(work.calls) == 1 else work.jobs[0].pipeline.name
+            for index in (work.node, *work.helpers):
+                self._span(index, running.started, self.now, what, "run", jobs)
+
+    def _free_helpers(self, work: Work) -> None:
+        for helper in work.helpers:
+            machine = self.machines[helper]
+            if machine.reserved_by is work:
+                machine.reserved_by = None
+                if machine.queue and machine.running is None and machine.up:
+                    self._begin(machine, machine.queue.popleft())
+
+    def _release(self, waiter: Running) -> None:
+        """The deferred input is there: the consumer ends `tail` later at the earliest."""
+        waiter.end = max(waiter.end, self.now + waiter.work.tail * waiter.factor)
+        self._push(waiter.end, Kind.END, (waiter.work.node, waiter.token))
+
+    def _on_loaded(self, action: Load) -> None:
+        machine = self.machines[action.node]
+        if machine.reserved_by is not action:
+            return
+        machine.reserved_by = None
+        machine.busy_seconds += self.costs.load(action.model)
+        machine.put(action.model, self.costs.models[action.model].nbytes)
+        self._show(machine)
+        for gateway, policy in enumerate(self.policies):
+            policy.nodes[action.node].loading.pop(action.model, None)
+            policy.fleet_changed(self.now)
+            self._touched.add(gateway)
+        if machine.queue and machine.up:
+            self._begin(machine, machine.queue.popleft())
+
+    def _show(self, machine: Machine) -> None:
+        for policy in self.policies:
+            policy.nodes[machine.index].resident = dict(machine.resident)
+
+    def _on_wake(self, gateway: int) -> None:
+        self._wakes[gateway] = None
+        self._touched.add(gateway)
+
+    def _on_report(self, _: object) -> None:
+        """Every gateway hears what runs on every node, as it is now."""
+        for gateway, policy in enumerate(self.policies):
+            for machine in self.machines:
+                policy.nodes[machine.index].foreign_until = self._foreign(machine, gateway)
+            self._touched.add(gateway)
+        self._push(self.now + self.options.report_interval, Kind.REPORT, None)
+
+    def _foreign(self, machine: Machine, gateway: int) -> float:
+        running = machine.running
+        if running is None and isinstance(machine.reserved_by, Work):
+            running = self.machines[machine.reserved_by.node].running
+        if running is None or self._owner[id(running.work)] == gateway:
+            return 0.0
+        return running.end
+
+    def _on_scale(self, hook: Hook) -> None:
+        following = hook(self, self.now)
+        if following is not None:
+            self._push(following, Kind.SCALE, hook)
+
+    # ---------------------------------------------------------------- faults
+
+    def _on_fault(self, fault: Fault) -> None:
+        machine = self.machines[fault.node]
+        if fault.kind is FaultKind.SLOW:
+            machine.factor = fault.factor
+            if fault.until < float("inf"):
+                self._push(fault.until, Kind.NOTICED, _Healed(fault.node))
+            return
+        lost = self.take_down(fault.node, empty=fault.kind is FaultKind.LOST)
+        notice = self.now + self.options.notice_seconds
+        self._push(notice, Kind.NOTICED, _Noticed(fault.node, lost))
+        if fault.until < float("inf"):
+            self._push(max(fault.until, notice), Kind.NOTICED, _Healed(fault.node))
+
+    def take_down(self, index: int, *, empty: bool) -> list[Work]:
+        """The machine is gone, with its work and, where `empty`, its models."""
+        machine = self.machines[index]
+        lost: list[Work] = []
+        running = machine.running
+        reserved = machine.reserved_by
+        if running is None and isinstance(reserved, Work):
+            running = self.machines[reserved.node].running
+        if running is not None:
+            work = running.work
+            work.done = self._kept(running)
+            owner = self.machines[work.node]
+            owner.running = None
+            self._account(owner, running)
+            self._free_helpers(work)
+            lost.append(work)
+            if owner.index != index and owner.queue and owner.up:
+                self._begin(owner, owner.queue.popleft())
+        for work in machine.queue:
+            work.done = [0] * len(work.calls)
+            lost.append(work)
+        machine.queue.clear()
+        machine.reserved_by = None
+        machine.up = False
+        if empty:
+            for model in list(machine.resident):
+                machine.drop(model)
+        return lost
+
+    def _kept(self, running: Running) -> list[int]:
+        """What the last checkpoint holds: whole calls, and steps up to the interval's multiple."""
+        done, _ = running.progress(self.now)
+        every = self.options.checkpoint_steps
+        for i, call in enumerate(running.work.calls):
+            if done[i] < call.count:
+                completed = max(0, done[i] - 1)  # `progress` counts the step under way
+                done[i] = completed - completed % every
+                steps = completed - done[i]
+                self.outcome.lost_steps += steps
+                self.outcome.most_lost = max(self.outcome.most_lost, steps)
+                break
+        return done
+
+    def _on_noticed(self, news: _Noticed | _Healed) -> None:
+        machine = self.machines[news.node]
+        if isinstance(news, _Healed):
+            machine.factor = 1.0
+            machine.up = True
+        self._show(machine)
+        for gateway, policy in enumerate(self.policies):
+            policy.nodes[news.node].up = machine.up
+            policy.nodes[news.node].loading.clear()
+            policy.fleet_changed(self.now)
+            self._touched.add(gateway)
+        if isinstance(news, _Noticed):
+            for work in news.lost:
+                work.ended = True
+                waiter = self._waiting_for.pop(id(work), None)
+                if waiter is not None:
+                    self._release(waiter)
+                self.policies[self._owner.pop(id(work))].lost(work, self.now)
+
+    def _span(
+        self, node: int, start: float, end: float, what: str, kind: str, jobs: tuple[int, ...] = ()
+    ) -> None:
+        if self.options.timeline:
+            self.outcome.spans.append(Span(node, start, end, what, kind, jobs))
+
+
+@dataclass(frozen=True, slots=True)
+class _Noticed:
+    node: int
+    lost: list[Work]
+
+
+@dataclass(frozen=True, slots=True)
+class _Healed:
+    node: int
+
+
+_HANDLERS: dict[int, Callable[[Simulation, object], None]] = {  # pyright: ignore
+    Kind.END: Simulation._on_end,
+    Kind.LOADED: Simulation._on_loaded,
+    Kind.FAULT: Simulation._on_fault,
+    Kind.NOTICED: Simulation._on_noticed,
+    Kind.WAKE: Simulation._on_wake,
+    Kind.REPORT: Simulation._on_report,
+    Kind.SCALE: Simulation._on_scale,
+}

@@ -1,0 +1,150 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Machines with a policy on them: what each policy starts from, by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kubediffusion.errors import InvalidInput
+from kubediffusion.scheduling.costs import Costs, ModelCosts
+from kubediffusion.scheduling.pipelines import Pipeline
+from kubediffusion.scheduling.policies.monolith import (
+    Partitioned,
+    Swapping,
+    equal_partition,
+    load_partition,
+    pipeline_loads,
+)
+from kubediffusion.scheduling.policy import Node, Policy
+from kubediffusion.simulate.machines import Machine
+from kubediffusion.simulate.settings import Setting
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a planner is told in advance: the share of each workflow in the requests."""
+
+    mix: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Machines and, for each gateway, a policy with its own records of them."""
+
+    machines: list[Machine]
+    policies: list[Policy]
+    costs: Costs
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """All that a policy may depend on. `mix` is the share of each workflow in the requests."""
+
+    setting: Setting
+    costs: Costs
+    gpus: int
+    mix: Mapping[str, float]
+    gateways: int = 1
+    parameters: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def pipelines(self) -> list[Pipeline]:
+        return self.setting.families.all()
+
+
+def with_pipelines(build: Build) -> Costs:
+    """The costs, with each whole pipeline as one more model."""
+    costs, sizes = build.costs, build.setting.pipeline_bytes
+    whole = {
+        p.name: ModelCosts(
+            sum(costs.models[model].load_seconds for model in p.models),
+            sizes.get(p.name, costs.nbytes(p.models)),
+        )
+        for p in build.pipelines
+    }
+    return Costs(
+        {**costs.models, **whole}, costs.same_host, costs.cross_host, costs.load_scale
+    )
+
+
+def build_fleet(name: str, build: Build) -> Fleet:
+    """Machines and policies for a policy's name. Raises InvalidInput for another name."""
+    maker = _MAKERS.get(name)
+    if maker is None:
+        raise InvalidInput(f"there is no policy '{name}': take one of {', '.join(POLICIES)}")
+    return maker(build)
+
+
+def _machines(build: Build, memory: float) -> list[Machine]:
+    per_host = build.setting.gpus_per_host
+    return [Machine(i, i // per_host, memory) for i in range(build.gpus)]
+
+
+def records(machines: Sequence[Machine]) -> list[Node]:
+    """What a scheduler knows of the machines at the start: everything."""
+    return [
+        Node(each.index, each.host, each.memory, dict(each.resident), up=each.up)
+        for each in machines
+    ]
+
+
+def _hold(machines: Sequence[Machine], plan: Mapping[int, Sequence[str]], costs: Costs) -> None:
+    for index, models in plan.items():
+        for model in models:
+            machines[index].put(model, costs.models[model].nbytes)
+
+
+def _partitioned(shares_of: Callable[[Build], list[int]]) -> Callable[[Build], Fleet]:
+    def make(build: Build) -> Fleet:
+        costs = with_pipelines(build)
+        shares = shares_of(build)
+        machines = _machines(build, build.setting.monolith_bytes)
+        policies: list[Policy] = []
+        for _ in range(build.gateways):
+            policy = Partitioned(records(machines), costs, build.pipelines, shares)
+            policies.append(policy)
+        _hold(machines, Partitioned([], costs, build.pipelines, shares).plan(), costs)
+        return Fleet(machines, policies, costs)
+
+    return make
+
+
+def _swapping(*, aware: bool) -> Callable[[Build], Fleet]:
+    def make(build: Build) -> Fleet:
+        costs = with_pipelines(build)
+        machines = _machines(build, build.setting.monolith_bytes)
+        names = [pipeline.name for pipeline in build.pipelines]
+        at = 0
+        for machine in machines:
+            for _ in names:
+                name = names[at % len(names)]
+                if machine.used + costs.models[name].nbytes > machine.memory:
+                    break
+                if name not in machine.resident:
+                    machine.put(name, costs.models[name].nbytes)
+                at += 1
+        policies: list[Policy] = [
+            Swapping(records(machines), costs, aware=aware) for _ in range(build.gateways)
+        ]
+        return Fleet(machines, policies, costs)
+
+    return make
+
+
+def _equal(build: Build) -> list[int]:
+    return equal_partition(build.pipelines, build.gpus)
+
+
+def _by_load(build: Build) -> list[int]:
+    return load_partition(pipeline_loads(build.pipelines, build.costs, build.mix), build.gpus)
+
+
+_MAKERS: dict[str, Callable[[Build], Fleet]] = {
+    "diffusers": _partitioned(_equal),
+    "shepherd": _partitioned(_by_load),
+    "clockwork": _swapping(aware=False),
+    "clockwork-aware": _swapping(aware=True),
+}
+POLICIES = tuple(_MAKERS)
