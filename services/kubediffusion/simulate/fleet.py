@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kubediffusion.errors import InvalidInput
 from kubediffusion.scheduling.costs import Costs, ModelCosts
 from kubediffusion.scheduling.pipelines import Pipeline
+from kubediffusion.scheduling.policies.kubediffusion import KubeDiffusion, Parameters
 from kubediffusion.scheduling.policies.monolith import (
     Partitioned,
     Swapping,
@@ -18,6 +20,7 @@ from kubediffusion.scheduling.policies.monolith import (
     pipeline_loads,
 )
 from kubediffusion.scheduling.policy import Node, Policy
+from kubediffusion.scheduling.residency import Room, models_of, plan_units, units_of
 from kubediffusion.simulate.machines import Machine
 from kubediffusion.simulate.settings import Setting
 
@@ -47,7 +50,7 @@ class Build:
     gpus: int
     mix: Mapping[str, float]
     gateways: int = 1
-    parameters: Mapping[str, float] = field(default_factory=dict[str, float])
+    parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def pipelines(self) -> list[Pipeline]:
@@ -141,10 +144,27 @@ def _by_load(build: Build) -> list[int]:
     return load_partition(pipeline_loads(build.pipelines, build.costs, build.mix), build.gpus)
 
 
+def _kubediffusion(build: Build) -> Fleet:
+    setting, costs = build.setting, build.costs
+    machines = _machines(build, setting.node_bytes)
+    units = units_of(build.pipelines, costs, build.mix, build.gpus)
+    rooms = [Room(i, setting.node_bytes - setting.activation_bytes) for i in range(build.gpus)]
+    plan = models_of(plan_units(units, rooms), units)
+    _hold(machines, plan, costs)
+    policies: list[Policy] = [
+        KubeDiffusion(
+            records(machines), costs, build.pipelines, replace(Parameters(), **build.parameters)
+        )
+        for _ in range(build.gateways)
+    ]
+    return Fleet(machines, policies, costs)
+
+
 _MAKERS: dict[str, Callable[[Build], Fleet]] = {
     "diffusers": _partitioned(_equal),
     "shepherd": _partitioned(_by_load),
     "clockwork": _swapping(aware=False),
     "clockwork-aware": _swapping(aware=True),
+    "kubediffusion": _kubediffusion,
 }
 POLICIES = tuple(_MAKERS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kubediffusion.scheduling.costs import Costs
 from kubediffusion.scheduling.pipelines import Job
@@ -51,7 +52,7 @@ class Scenario:
     burst: Burst | None = None
     weights_at: Weights | None = None
     options: Options = Options()
-    parameters: Mapping[str, float] = field(default_factory=dict[str, float])
+    parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
     # What deadlines are reckoned from, where the simulated work is cheaper (a pruning budget).
     solo_costs: Costs | None = None
 

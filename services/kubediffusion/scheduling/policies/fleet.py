@@ -1,0 +1,94 @@
+# Copyright 2026 The KubeDiffusion Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the nodes can run and what they do: the bookkeeping under `kubediffusion`'s decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kubediffusion.scheduling.pipelines import Pipeline
+from kubediffusion.scheduling.policies.tickets import Lease, LeaseCosts, Shape
+from kubediffusion.scheduling.policy import Node, Work
+
+
+class Board:
+    """Sets of models by number (`keys`), which nodes hold each, who is idle, who runs what."""
+
+    def __init__(
+        self, nodes: Sequence[Node], pipelines: Sequence[Pipeline], costs: LeaseCosts
+    ) -> None:
+        self.nodes = nodes
+        self.keys: list[tuple[str, ...]] = []
+        self.shapes: dict[str, Shape] = {}
+        self.families: list[str] = []
+        for pipeline in pipelines:
+            self.shapes[pipeline.name] = self._shape(pipeline, costs)
+        self.hosts = [node.host for node in nodes]
+        # By node: the keys that it can run, and how sought after it is.
+        self.can: list[frozenset[int]] = [frozenset()] * len(nodes)
+        self.sought = [0.0] * len(nodes)
+        self.holders: list[set[int]] = [set() for _ in self.keys]
+        self.idle: set[int] = set()
+        self.works: dict[int, Work] = {}
+        self.demand = [1.0] * len(self.keys)
+
+    def _shape(self, pipeline: Pipeline, costs: LeaseCosts) -> Shape:
+        if pipeline.family not in self.families:
+            self.families.append(pipeline.family)
+        shape = Shape(
+            len(self.shapes),
+            pipeline,
+            self._key(pipeline.encoders),
+            self._key((pipeline.denoiser, *pipeline.controls, pipeline.decoder)),
+            self.families.index(pipeline.family),
+            0.0,
+            0.0,
+            0.0,
+            pipeline.decode_seconds(costs.costs),
+        )
+        shape.encode = costs.encode(shape)
+        shape.step = costs.step([shape])
+        shape.split = costs.step([shape], split=True)
+        return shape
+
+    def _key(self, models: tuple[str, ...]) -> int:
+        if models not in self.keys:
+            self.keys.append(models)
+        return self.keys.index(models)
+
+    def refresh(self) -> None:
+        """After nodes or their models changed."""
+        for node in self.nodes:
+            can = frozenset(
+                key for key, models in enumerate(self.keys) if node.up and node.holds(models)
+            )
+            self.can[node.index] = can
+        self.holders = [
+            {node.index for node in self.nodes if key in self.can[node.index]}
+            for key in range(len(self.keys))
+        ]
+        for node in self.nodes:
+            self.sought[node.index] = sum(
+                self.demand[key] / len(self.holders[key]) for key in self.can[node.index]
+            )
+            if not node.up or node.loading:
+                self.idle.discard(node.index)
+            elif node.index not in self.works and node.foreign_until <= 0.0:
+                self.idle.add(node.index)
+
+    def lease_on(self, node: int) -> Lease | None:
+        work = self.works.get(node)
+        return None if work is None else work.info
+
+    def occupy(self, work: Work) -> None:
+        for node in (work.node, *work.helpers):
+            self.idle.discard(node)
+            self.works[node] = work
+
+    def release(self, work: Work) -> None:
+        for node in (work.node, *work.helpers):
+            if self.works.get(node) is work:
+                del self.works[node]
+            record = self.nodes[node]
+            if record.up and not record.loading:
+                self.idle.add(node)
