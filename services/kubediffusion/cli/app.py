@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kubediffusion.cli import revisions, shiva
+from kubediffusion.cli import revisions, shiva, simulate
 from kubediffusion.cli.shell import reporting
 
 HELP = """Text-to-image diffusion, served a model at a time.
@@ -274,6 +274,7 @@ def models(
 
 revisions.register(app)
 shiva.register(app)
+simulate.register(app)
 
 
 @app.command()

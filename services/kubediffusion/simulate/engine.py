@@ -139,7 +139,7 @@ class Simulation:
         self._touched: set[int] = set()
         self._owner: dict[int, int] = {}
         self._open = len(jobs)
-        self._waiting_for: dict[int, Running] = {}
+        self._waiting_for: dict[int, list[Running]] = {}
         self._hooks = list(hooks)
         self._wakes: list[float | None] = [None] * len(policies)
 
@@ -273,7 +273,7 @@ class Simulation:
         after = work.after
         if after is not None and not after.ended:
             # Known when its producer ends: the event is pushed then.
-            self._waiting_for[id(after)] = running
+            self._waiting_for.setdefault(id(after), []).append(running)
             return
         self._push(running.end, Kind.END, (machine.index, running.token))
 
@@ -328,8 +328,7 @@ class Simulation:
         machine.running = None
         self._account(machine, running)
         self._free_helpers(work)
-        waiter = self._waiting_for.pop(id(work), None)
-        if waiter is not None:
+        for waiter in self._waiting_for.pop(id(work), ()):
             self._release(waiter)
         gateway = self._owner.pop(id(work))
         if machine.queue:
@@ -478,8 +477,7 @@ class Simulation:
         if isinstance(news, _Noticed):
             for work in news.lost:
                 work.ended = True
-                waiter = self._waiting_for.pop(id(work), None)
-                if waiter is not None:
+                for waiter in self._waiting_for.pop(id(work), ()):
                     self._release(waiter)
                 self.policies[self._owner.pop(id(work))].lost(work, self.now)
 

@@ -11,6 +11,7 @@ from typing import Any
 from kubediffusion.errors import InvalidInput
 from kubediffusion.scheduling.costs import Costs, ModelCosts
 from kubediffusion.scheduling.pipelines import Pipeline
+from kubediffusion.scheduling.policies.diflow import DiFlow, Tables
 from kubediffusion.scheduling.policies.kubediffusion import KubeDiffusion, Parameters
 from kubediffusion.scheduling.policies.monolith import (
     Partitioned,
@@ -23,13 +24,6 @@ from kubediffusion.scheduling.policy import Node, Policy
 from kubediffusion.scheduling.residency import Room, models_of, plan_units, units_of
 from kubediffusion.simulate.machines import Machine
 from kubediffusion.simulate.settings import Setting
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What a planner is told in advance: the share of each workflow in the requests."""
-
-    mix: Mapping[str, float]
 
 
 @dataclass(slots=True)
@@ -50,6 +44,7 @@ class Build:
     gpus: int
     mix: Mapping[str, float]
     gateways: int = 1
+    tables: Tables = Tables()
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
@@ -160,11 +155,35 @@ def _kubediffusion(build: Build) -> Fleet:
     return Fleet(machines, policies, costs)
 
 
+def _diflow(*, early_abort: bool = True) -> Callable[[Build], Fleet]:
+    def make(build: Build) -> Fleet:
+        setting, costs = build.setting, build.costs
+        machines = _machines(build, setting.node_bytes)
+        families = list(setting.families.pipelines.values())
+        for machine in machines:
+            for turn in range(len(families)):
+                family = families[(machine.index + turn) % len(families)]
+                for model in dict.fromkeys(m for each in family.values() for m in each.models):
+                    nbytes = costs.models[model].nbytes
+                    if model not in machine.resident and machine.used + nbytes <= machine.memory:
+                        machine.put(model, nbytes)
+        tables = replace(build.tables, early_abort=early_abort)
+        policies: list[Policy] = [
+            DiFlow(records(machines), costs, build.pipelines, tables)
+            for _ in range(build.gateways)
+        ]
+        return Fleet(machines, policies, costs)
+
+    return make
+
+
 _MAKERS: dict[str, Callable[[Build], Fleet]] = {
     "diffusers": _partitioned(_equal),
     "shepherd": _partitioned(_by_load),
     "clockwork": _swapping(aware=False),
     "clockwork-aware": _swapping(aware=True),
+    "diflow": _diflow(),
+    "diflow-no-abort": _diflow(early_abort=False),
     "kubediffusion": _kubediffusion,
 }
 POLICIES = tuple(_MAKERS)

@@ -11,6 +11,7 @@ from typing import Any
 
 from kubediffusion.scheduling.costs import Costs
 from kubediffusion.scheduling.pipelines import Job
+from kubediffusion.scheduling.policies.diflow import Tables
 from kubediffusion.simulate.bound import best_attainment
 from kubediffusion.simulate.engine import Options, Outcome, Simulation
 from kubediffusion.simulate.fleet import Build, build_fleet
@@ -53,6 +54,7 @@ class Scenario:
     weights_at: Weights | None = None
     options: Options = Options()
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tables: Tables = Tables()
     # What deadlines are reckoned from, where the simulated work is cheaper (a pruning budget).
     solo_costs: Costs | None = None
 
@@ -194,6 +196,7 @@ def simulate(scenario: Scenario, *, jobs: Sequence[Job] | None = None) -> Result
             scenario.nodes,
             planned_mix(scenario),
             scenario.gateways,
+            scenario.tables,
             scenario.parameters,
         ),
     )

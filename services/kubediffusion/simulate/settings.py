@@ -14,6 +14,7 @@ from typing import Any
 from kubediffusion.errors import InvalidInput
 from kubediffusion.scheduling.costs import Costs, Link, ModelCosts, Run
 from kubediffusion.scheduling.pipelines import Pipeline, Sizes
+from kubediffusion.scheduling.policies.diflow import Tables
 from kubediffusion.simulate.workload import Families
 
 GB = 1e9
@@ -156,3 +157,62 @@ def _model(entry: Mapping[str, Any]) -> ModelCosts:
 def _link(rows: Sequence[Sequence[float]]) -> Link:
     """Rows of bytes, microseconds to make room, microseconds to fetch."""
     return Link(tuple(sorted((row[0], row[-1] * 1e-6) for row in rows)))
+
+
+def tables_of(content: Mapping[str, Any]) -> Tables:
+    """From the content of `scheduler_tables.json`; the medians name kinds of operators."""
+    batches = {
+        name: (int(modes["latency_mode"]), int(modes["throughput_mode"]))
+        for name, modes in content.get("max_batch", {}).items()
+    }
+    medians = {name: float(value) for name, value in content.get("op_latency_median", {}).items()}
+    for kind, models in _SAME_MEDIAN.items():
+        if kind in medians:
+            medians |= dict.fromkeys(models, medians[kind])
+    return Tables(batches, medians)
+
+
+_SAME_MEDIAN = {
+    "CLIP": ("CLIP_L", "CLIP_G", "CLIP_Flux"),
+    "T5": ("T5", "T5_Flux"),
+    "FluxSchnellFlowMatchEulerDiscreteScheduler": ("FluxFlowMatchEulerDiscreteScheduler",),
+}
+
+
+def setting_of(content: Mapping[str, Any], name: str) -> Setting:
+    """A setting from a file's content; see docs/simulate.md. Raises InvalidInput."""
+    try:
+        weights = {each: float(weight) for each, weight in content.get("families", {}).items()}
+        pipelines: dict[str, dict[str, Pipeline]] = {
+            each: published_family(each) for each in weights if each in _FAMILIES
+        }
+        for entry in content.get("workflows", ()):
+            fields = dict(entry)
+            label = str(fields.pop("label", "A"))
+            for key in ("encoders", "controls"):
+                fields[key] = tuple(fields.get(key, ()))
+            pipeline = Pipeline(**fields)
+            pipelines.setdefault(pipeline.family, {})[label] = pipeline
+            weights.setdefault(pipeline.family, 1.0)
+        gpus = int(content["gpus"])
+        numbers = {
+            field: float(content[key])
+            for key, field in _NUMBERS.items()
+            if content.get(key) is not None
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidInput(f"setting {name}: {type(error).__name__}: {error}") from error
+    missing = [each for each in weights if each not in pipelines]
+    if missing or not pipelines or gpus < 1:
+        what = f"family '{missing[0]}' has no workflows" if missing else "no workflows, or no GPUs"
+        raise InvalidInput(f"setting {name}: {what}; give families of {', '.join(_FAMILIES)}")
+    setting = Setting(name, gpus, Families(pipelines, weights), **numbers)
+    return replace(setting, gpus_per_host=int(content.get("gpusPerHost", 8)))
+
+
+_NUMBERS = {
+    "nodeBytes": "node_bytes",
+    "activationBytes": "activation_bytes",
+    "monolithBytes": "monolith_bytes",
+    "sloScale": "slo_scale",
+}

@@ -94,7 +94,7 @@ def _choose(claims: Sequence[Claim], moment: float, ledger: Ledger) -> Ticket | 
     able = [
         (min(claim.left, moment - claim.lst), claim.ticket)
         for claim in claims
-        if claim.lst < moment and not claim.ticket.begun
+        if claim.lst < moment and not claim.ticket.begun and claim.ticket.work is None
     ]
     if not able:
         return None

@@ -28,6 +28,8 @@ class Board:
         self.can: list[frozenset[int]] = [frozenset()] * len(nodes)
         self.sought = [0.0] * len(nodes)
         self.holders: list[set[int]] = [set() for _ in self.keys]
+        # By pipeline: whether some nodes can denoise and not encode.
+        self.apart = [False] * len(pipelines)
         self.idle: set[int] = set()
         self.works: dict[int, Work] = {}
         self.demand = [1.0] * len(self.keys)
@@ -66,6 +68,10 @@ class Board:
         self.holders = [
             {node.index for node in self.nodes if key in self.can[node.index]}
             for key in range(len(self.keys))
+        ]
+        self.apart = [
+            not self.holders[shape.denoise_key] <= self.holders[shape.encode_key]
+            for shape in self.shapes.values()
         ]
         for node in self.nodes:
             self.sought[node.index] = sum(

@@ -42,29 +42,32 @@ from kubediffusion.scheduling.policy import (
 class Parameters:
     """Seconds unless said otherwise. ``dispatch`` is a lease's overhead and ``sampler`` a step's;
     ``floor`` is the attainment that no family is pushed under while another can give (0: the most
-    requests, whosever they are); ``order`` is "laxity", "deadline" or "arrival"."""
+    requests, whosever they are); ``order`` is "slack" or "arrival"; slack is from the deadline (``laxity`` 0) or from the latest
+    start (1)."""
 
     dispatch: float = 0.002
     sampler: float = 0.0002
-    order: str = "laxity"
+    order: str = "slack"
+    laxity: float = 0.25
     floor: float = 0.0
     shed: bool = True
     foresee: bool = True
-    optimism: float = 0.98
+    optimism: float = 0.95
     grace: float = 0.0
-    batch: int = 4
-    least_gain: float = 0.01
+    batch: int = 2
+    least_gain: float = 0.04
     # Batch with a running lease once this share of a waiting request's slack would be lost.
     pressure: float = 0.5
     # What was begun goes before what was not, by this share of its solo time.
     begun: float = 0.25
+    begun_most: float = 0.5
     margin: float = 0.01
     least_slack: float = 0.2
     split: bool = True
     split_least: float = 0.3
     preempt: bool = True
     hysteresis: float = 0.2
-    eager: bool = False
+    eager: bool = True
 
 
 class KubeDiffusion:
@@ -151,8 +154,11 @@ class KubeDiffusion:
     def _rank(self, ticket: Ticket, lst: float) -> float:
         """Who goes first; what was begun goes before what was not, other things nearly equal."""
         job, order = ticket.job, self.parameters.order
-        key = lst if order == "laxity" else job.deadline if order == "deadline" else job.arrival
-        head_start = self.parameters.begun * job.solo if ticket.begun else 0.0
+        share = self.parameters.laxity
+        key = job.arrival if order == "arrival" else share * lst + (1.0 - share) * job.deadline
+        head_start = min(self.parameters.begun * job.solo, self.parameters.begun_most) if ticket.begun else 0.0
+        if ticket.encode and self.board.apart[ticket.shape.index]:
+            head_start = _FIRST
         return key - head_start - 1e6 * job.priority
 
     def _head(self, key: int) -> Ticket | None:
@@ -260,7 +266,9 @@ class KubeDiffusion:
     def _lease(self, ticket: Ticket, node: int, now: float) -> None:
         board = self.board
         can = board.can[node]
-        encode_only = ticket.encode and ticket.shape.denoise_key not in can
+        encode_only = ticket.encode and (
+            board.apart[ticket.shape.index] or ticket.shape.denoise_key not in can
+        )
         tickets = [ticket]
         helper = None
         if not encode_only:
@@ -306,7 +314,7 @@ class KubeDiffusion:
         work.info = lease
         for ticket in tickets:
             ticket.work = work
-            ticket.begun = True
+            ticket.begun = ticket.begun or not encode_only
         board.occupy(work)
         self._out.append(Start(work))
 
@@ -478,6 +486,8 @@ class KubeDiffusion:
                 continue
             if lease.split:
                 return work
+            if most < _SOON and lease.slack < 2 * head.shape.encode:
+                continue
             rank = min(self._rank(ticket, now + lease.slack) for ticket in lease.tickets)
             if rank > most:
                 most, best = rank, work
@@ -509,6 +519,11 @@ class KubeDiffusion:
                 spare.discard(min(helpers))
                 spare_count -= 1
 
+
+
+# Encoding, where few nodes can do it, goes before all denoising: it is short, and others wait.
+_FIRST = 1e5
+_SOON = -1e4
 
 
 def _solo_seconds(ticket: Ticket, calls: Sequence[Call], parts: Sequence[Part]) -> float:
