@@ -20,6 +20,7 @@ from kubediffusion.scheduling.policies.monolith import (
     load_partition,
     pipeline_loads,
 )
+from kubediffusion.scheduling.policies.planner import Limits, Planner
 from kubediffusion.scheduling.policy import Node, Policy
 from kubediffusion.scheduling.residency import Room, models_of, plan_units, units_of
 from kubediffusion.simulate.machines import Machine
@@ -139,20 +140,32 @@ def _by_load(build: Build) -> list[int]:
     return load_partition(pipeline_loads(build.pipelines, build.costs, build.mix), build.gpus)
 
 
-def _kubediffusion(build: Build) -> Fleet:
-    setting, costs = build.setting, build.costs
-    machines = _machines(build, setting.node_bytes)
-    units = units_of(build.pipelines, costs, build.mix, build.gpus)
-    rooms = [Room(i, setting.node_bytes - setting.activation_bytes) for i in range(build.gpus)]
-    plan = models_of(plan_units(units, rooms), units)
-    _hold(machines, plan, costs)
-    policies: list[Policy] = [
-        KubeDiffusion(
-            records(machines), costs, build.pipelines, replace(Parameters(), **build.parameters)
-        )
-        for _ in range(build.gateways)
-    ]
-    return Fleet(machines, policies, costs)
+def _kubediffusion(**preset: Any) -> Callable[[Build], Fleet]:
+    def make(build: Build) -> Fleet:
+        setting, costs = build.setting, build.costs
+        given = {**preset, **build.parameters}
+        follows = given.pop("follow", True)
+        machines = _machines(build, given.pop("node_bytes", setting.node_bytes))
+        units = units_of(build.pipelines, costs, build.mix, build.gpus)
+        spare = setting.activation_bytes
+        rooms = [Room(each.index, each.memory - spare) for each in machines]
+        plan = models_of(plan_units(units, rooms), units)
+        _hold(machines, plan, costs)
+        policies: list[Policy] = []
+        for gateway in range(build.gateways):
+            nodes = records(machines)
+            limits = Limits(spare_bytes=spare)
+            # One planner, whoever has it: here the first gateway.
+            planner = (
+                Planner(nodes, costs, build.pipelines, build.mix, limits)
+                if follows and gateway == 0
+                else None
+            )
+            parameters = replace(Parameters(), **given)
+            policies.append(KubeDiffusion(nodes, costs, build.pipelines, parameters, planner))
+        return Fleet(machines, policies, costs)
+
+    return make
 
 
 def _diflow(*, early_abort: bool = True) -> Callable[[Build], Fleet]:
@@ -184,6 +197,7 @@ _MAKERS: dict[str, Callable[[Build], Fleet]] = {
     "clockwork-aware": _swapping(aware=True),
     "diflow": _diflow(),
     "diflow-no-abort": _diflow(early_abort=False),
-    "kubediffusion": _kubediffusion,
+    "kubediffusion": _kubediffusion(),
+    "kubediffusion-fair": _kubediffusion(laxity=1.0, floor=0.9),
 }
 POLICIES = tuple(_MAKERS)

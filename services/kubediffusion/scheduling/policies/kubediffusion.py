@@ -25,11 +25,13 @@ from kubediffusion.scheduling.costs import Costs
 from kubediffusion.scheduling.pipelines import Job, Pipeline
 from kubediffusion.scheduling.policies.feasibility import Claim, Ledger, first_victim
 from kubediffusion.scheduling.policies.fleet import Board
+from kubediffusion.scheduling.policies.planner import Planner
 from kubediffusion.scheduling.policies.tickets import Lease, LeaseCosts, Part, Ticket, calls_of
 from kubediffusion.scheduling.policy import (
     Action,
     Call,
     Finish,
+    Load,
     Node,
     Revoke,
     Shed,
@@ -77,8 +79,11 @@ class KubeDiffusion:
         costs: Costs,
         pipelines: Sequence[Pipeline],
         parameters: Parameters | None = None,
+        planner: Planner | None = None,
     ) -> None:
+        """Without a `planner` nodes keep what they have."""
         self.nodes = nodes
+        self.planner = planner
         self.parameters = parameters or Parameters()
         self.costs = LeaseCosts(costs, self.parameters.dispatch, self.parameters.sampler)
         self.board = Board(nodes, pipelines, self.costs)
@@ -99,6 +104,8 @@ class KubeDiffusion:
         self.ledger.came[shape.family] += 1
         self._wait(ticket)
         self._fresh = True
+        if self.planner is not None:
+            self.planner.arrived(job, now)
 
     def ended(self, work: Work, now: float) -> None:
         self.board.release(work)
@@ -121,7 +128,7 @@ class KubeDiffusion:
         self._fresh = True
 
     def wake_at(self, now: float) -> float | None:
-        return None
+        return None if self.planner is None else self.planner.wake_at(now)
 
     def _credit(self, kind: str, tickets: Sequence[Ticket], done: int, node: int) -> None:
         for ticket in tickets:
@@ -186,6 +193,8 @@ class KubeDiffusion:
                 self._shed_for_others(now)
             self._shed_doomed(now)
         self._fresh = False
+        if self.planner is not None:
+            self._follow_plan(now, self.planner)
         self._place(now)
         if self._waiting:
             if self.parameters.eager and self.parameters.batch > 1:
@@ -239,6 +248,37 @@ class KubeDiffusion:
             left -= min(1.0, gone) * lease.spent[lease.tickets.index(ticket)]
         left *= self.parameters.optimism
         return Claim(ticket, left, ticket.job.deadline - left, ticket.job.deadline)
+
+    # ---------------------------------------------------------------- the plan
+
+    def _follow_plan(self, now: float, planner: Planner) -> None:
+        """Load on idle nodes; where none of those that should is idle, free one that can wait."""
+        if planner.due(now):
+            planner.look(now)
+        if not planner.targets:
+            return
+        loading = sum(1 for node in self.nodes if node.loading)
+        for index in list(planner.pending()):
+            if loading >= planner.at_most():
+                return
+            work = self.board.works.get(index)
+            if index in self.board.idle:
+                self._load(planner.next_load(index), now)
+            elif work is None:
+                continue
+            elif not work.info.revoked and work.info.slack > planner.seconds_of(index):
+                self._revoke(work)
+            else:
+                continue
+            loading += 1
+
+    def _load(self, load: Load, now: float) -> None:
+        node = self.nodes[load.node]
+        for model in load.evict:
+            node.resident.pop(model, None)
+        node.loading[load.model] = now + self.costs.costs.load(load.model)
+        self.board.refresh()
+        self._out.append(load)
 
     # ---------------------------------------------------------------- placing
 
