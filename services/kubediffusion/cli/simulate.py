@@ -171,12 +171,12 @@ def scenario_of(asked: Asked) -> Scenario:
         _one_of("--sweep", asked.sweep, ("rate", "burst", "gpus"))
     folder = asked.profiles or published_data()
     costs = costs_of(
-        _read_json(folder / "model_profiles.json"), _read_json(folder / "transfer_profiles.json")
+        read_json(folder / "model_profiles.json"), read_json(folder / "transfer_profiles.json")
     )
     if asked.pinned:
         costs.load_scale = 0.2
     tables_file = folder / "scheduler_tables.json"
-    tables = tables_of(_read_json(tables_file) if tables_file.exists() else {})
+    tables = tables_of(read_json(tables_file) if tables_file.exists() else {})
     trace_file = asked.trace or published_data() / "trace_rs1.0_t120.txt"
     trace = parse_trace(_read(trace_file), str(trace_file))
     named = Path(asked.setting)
@@ -244,7 +244,7 @@ def _read(path: Path) -> str:
         raise InvalidInput(f"cannot read {path}: {error.strerror}") from error
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
     try:
         return json.loads(_read(path))
     except json.JSONDecodeError as error:

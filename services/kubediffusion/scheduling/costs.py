@@ -64,6 +64,7 @@ class Costs:
         self.cross_host = cross_host or Link()
         self.load_scale = load_scale
         self._runs: dict[tuple[str, int, str], float] = {}
+        self._transfers: dict[tuple[float, bool], float] = {}
 
     def run(self, model: str, batch: int = 1, mode: str = DEFAULT) -> float:
         """Seconds of one forward: as measured, interpolated between two measured batches, or
@@ -81,7 +82,14 @@ class Costs:
         return sum(self.models[model].nbytes for model in models)
 
     def transfer(self, nbytes: float, same_host: bool) -> float:
-        return (self.same_host if same_host else self.cross_host).seconds(nbytes)
+        key = (nbytes, same_host)
+        seconds = self._transfers.get(key)
+        if seconds is None:
+            link = self.same_host if same_host else self.cross_host
+            if len(self._transfers) > 4096:
+                self._transfers.clear()
+            seconds = self._transfers[key] = link.seconds(nbytes)
+        return seconds
 
     def scaled(self, factors: Mapping[str, float]) -> Costs:
         """The same fleet where some models take `factors` times as long (a pruning budget)."""

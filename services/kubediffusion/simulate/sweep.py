@@ -51,13 +51,20 @@ def sweep_rate(
     return largest_rate(reaches, guess, tolerance)
 
 
-def sweep_burst(scenario: Scenario, label: str | None, share: float = 0.9, most: int = 256) -> int:
-    """The largest burst of which `share` is on time, and of the other requests as well."""
+def sweep_burst(
+    scenario: Scenario,
+    label: str | None,
+    share: float = 0.9,
+    most: int = 256,
+    family: str | None = None,
+) -> int:
+    """The largest burst of which `share` is on time, and of the other requests as well; all of
+    workflow `label` of `family` where these are given."""
 
     def reaches(size: int) -> bool:
         if size == 0:
             return True
-        burst = Burst(size, label=label)
+        burst = Burst(size, label=label, family=family)
         result = simulate(replace(scenario, burst=burst))
         inside = [job for job in result.jobs if job.id in burst_ids(result, burst)]
         ids = {job.id for job in inside}

@@ -28,6 +28,8 @@ class Arrival:
 
     time: float
     label: str
+    # None: drawn.
+    family: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,7 @@ class Burst:
     at: float = 20.0
     spread: float = 1.0
     label: str | None = None
+    family: str | None = None
 
     def arrivals(self, mix: Mix, rng: random.Random) -> list[Arrival]:
         labels, weights = [label for label, _ in mix], [weight for _, weight in mix]
@@ -156,6 +159,7 @@ class Burst:
             Arrival(
                 self.at + self.spread * i / self.size,
                 self.label or rng.choices(labels, weights)[0],
+                self.family,
             )
             for i in range(self.size)
         ]
@@ -205,7 +209,8 @@ def jobs_of(
     jobs: list[Job] = []
     for arrival in sorted(arrivals, key=lambda each: each.time):
         weights = weights_at(arrival.time) if weights_at else families.weights
-        family = rng.choices(names, [weights.get(name, 0.0) for name in names])[0]
+        drawn = rng.choices(names, [weights.get(name, 0.0) for name in names])[0]
+        family = arrival.family or drawn
         pipeline = _of(families.pipelines[family], arrival.label, family)
         alone = solo[pipeline.name]
         deadline = arrival.time + slo_scale * alone
