@@ -33,6 +33,10 @@ from kubediffusion.scheduling.policy import (
 from kubediffusion.simulate.machines import Machine, Running
 
 
+# A gateway whose work was declined leaves the node alone for so many seconds at least.
+_ASK_AGAIN = 0.01
+
+
 class Kind(IntEnum):
     ARRIVAL = 0
     END = 1
@@ -141,6 +145,8 @@ class Simulation:
         self._open = len(jobs)
         self._waiting_for: dict[int, list[Running]] = {}
         self._hooks = list(hooks)
+        # Works that were lost with a node that nobody knows to be lost.
+        self._unnoticed: dict[int, list[Work]] = {}
         self._wakes: list[float | None] = [None] * len(policies)
 
     # ---------------------------------------------------------------- the loop
@@ -234,12 +240,23 @@ class Simulation:
             self.policies[gateway].ended(work, self.now)
             self._touched.add(gateway)
             return
-        if not machine.up:
-            return  # lost with its node; the policy hears of that when it is noticed
+        down = next((i for i in (work.node, *work.helpers) if not self.machines[i].up), None)
+        if down is not None:
+            self._start_on_lost(down, work)
+            return
         if machine.running is None and machine.reserved_by is None:
             self._begin(machine, work)
         else:
             machine.queue.append(work)
+
+    def _start_on_lost(self, index: int, work: Work) -> None:
+        """Lost with its node; the policy hears of it when that is noticed."""
+        work.done = [0] * len(work.calls)
+        lost = self._unnoticed.get(index)
+        if lost is None:
+            self._push(self.now, Kind.NOTICED, _Noticed(index, [work]))
+        else:
+            lost.append(work)
 
     def _takes(self, work: Work) -> bool:
         return all(self.machines[each].idle for each in (work.node, *work.helpers))
@@ -247,12 +264,10 @@ class Simulation:
     def _tell_foreign(self, gateway: int, work: Work) -> None:
         """A machine that declines says what it is busy with."""
         for index in (work.node, *work.helpers):
-            running = self.machines[index].running
             node = self.policies[gateway].nodes[index]
-            if running is not None and self._owner[id(running.work)] != gateway:
-                node.foreign_until = running.end
-            elif self.machines[index].reserved_by is not None:
-                node.foreign_until = self.now + 0.1
+            node.foreign_until = self._foreign(self.machines[index], gateway)
+            if not self.machines[index].idle:
+                node.foreign_until = max(node.foreign_until, self.now + _ASK_AGAIN)
 
     def _begin(self, machine: Machine, work: Work) -> None:
         now = self.now
@@ -415,6 +430,7 @@ class Simulation:
                 self._push(fault.until, Kind.NOTICED, _Healed(fault.node))
             return
         lost = self.take_down(fault.node, empty=fault.kind is FaultKind.LOST)
+        self._unnoticed[fault.node] = lost
         notice = self.now + self.options.notice_seconds
         self._push(notice, Kind.NOTICED, _Noticed(fault.node, lost))
         if fault.until < float("inf"):
@@ -475,6 +491,7 @@ class Simulation:
             policy.fleet_changed(self.now)
             self._touched.add(gateway)
         if isinstance(news, _Noticed):
+            self._unnoticed.pop(news.node, None)
             for work in news.lost:
                 work.ended = True
                 for waiter in self._waiting_for.pop(id(work), ()):

@@ -161,7 +161,7 @@ def _kubediffusion(**preset: Any) -> Callable[[Build], Fleet]:
                 if follows and gateway == 0
                 else None
             )
-            parameters = replace(Parameters(), **given)
+            parameters = replace(Parameters(), shared=build.gateways > 1, **given)
             policies.append(KubeDiffusion(nodes, costs, build.pipelines, parameters, planner))
         return Fleet(machines, policies, costs)
 

@@ -161,13 +161,21 @@ def test_on_two_workers_the_branches_run_side_by_side():
     assert outcome.finished[0] == pytest.approx(by_hand, abs=0.02)
 
 
-def test_on_one_worker_the_branches_are_one_batch():
-    """Throughput mode: a batch of two takes 95 ms, once a step."""
+def test_on_one_worker_a_lone_request_runs_its_branches_one_after_the_other():
+    """With the head taken, one ready task is left for one worker: latency mode, batch 1."""
     outcome = run(SMALL, 1)
     denoising = [span for span in outcome.spans if span.what == "small"]
-    assert len(denoising) == 10
-    by_hand = 0.003 + 0.021 + 10 * (0.097 + 0.0025) + 0.0025 + 0.102
+    assert len(denoising) == 20
+    by_hand = 0.003 + 0.0025 + 2 * 0.012 + 10 * (2 * 0.052 + 0.0025) + 0.102
     assert outcome.finished[0] == pytest.approx(by_hand, abs=0.01)
+
+
+def test_on_one_worker_two_requests_are_batched_by_two():
+    """Three tasks are left for one worker: throughput mode, batches of two, of any request."""
+    outcome = run(SMALL, 1, count=2)
+    denoising = [span for span in outcome.spans if span.what == "small"]
+    assert max(len(span.jobs) for span in denoising) <= 2
+    assert len(denoising) < 30
 
 
 def test_a_denoiser_starts_before_its_controlnet_ends_and_ends_after_it():

@@ -39,6 +39,11 @@ class Tables:
     sampler: float = 0.0025
 
 
+# (arrival, -depth), then the request and the task, so that nothing is left to chance.
+Order = tuple[float, int, int, int]
+_Entry = tuple[Order, int, "Task"]
+
+
 @dataclass(slots=True, eq=False)
 class Task:
     """A task of a request under way. `at`: the workers that hold its output."""
@@ -56,7 +61,7 @@ class Task:
         return bool(self.op.lazy)
 
     @property
-    def order(self) -> tuple[float, int, int, int]:
+    def order(self) -> Order:
         return (self.run.job.arrival, -self.op.depth, self.run.job.id, self.op.index)
 
 
@@ -114,9 +119,10 @@ class DiFlow:
         self._graphs = {each.name: unroll(each) for each in pipelines}
         self._streams = {each.name: each.sizes.residuals > 2 for each in pipelines}
         self._runs: dict[int, Run] = {}
-        self._ready: list[tuple[tuple[float, int, int, int], Task]] = []
-        self._by_model: dict[str, list[tuple[tuple[float, int, int, int], Task]]] = {}
+        self._ready: list[_Entry] = []
+        self._by_model: dict[str, list[_Entry]] = {}
         self._counts: dict[str, int] = {}
+        self._serial = 0
         self._reserved = [0.0] * len(nodes)
         self._out: list[Action] = []
 
@@ -201,7 +207,8 @@ class DiFlow:
 
     def _enqueue(self, task: Task) -> None:
         task.ready = True
-        entry = (task.order, task)
+        self._serial += 1
+        entry = (task.order, self._serial, task)
         heapq.heappush(self._ready, entry)
         heapq.heappush(self._by_model.setdefault(task.op.model, []), entry)
         self._counts[task.op.model] = self._counts.get(task.op.model, 0) + 1
@@ -227,7 +234,7 @@ class DiFlow:
 
     def _pop(self) -> Task | None:
         while self._ready:
-            _, task = heapq.heappop(self._ready)
+            _, _, task = heapq.heappop(self._ready)
             if task.work is None and not task.done:
                 self._counts[task.op.model] -= 1
                 return task
@@ -241,10 +248,10 @@ class DiFlow:
         group = [head]
         if head.lazy or head.op.pinned or most == 1:
             return group
-        heap, kept = self._by_model[head.op.model], list[tuple[tuple[float, int, int, int], Task]]()
+        heap, kept = self._by_model[head.op.model], list[_Entry]()
         while heap and len(group) < most:
             entry = heapq.heappop(heap)
-            task = entry[1]
+            task = entry[2]
             if task is head or task.work is not None or task.done:
                 continue
             if may_group(head, task):

@@ -21,7 +21,7 @@ class Board:
         self.keys: list[tuple[str, ...]] = []
         self.shapes: dict[str, Shape] = {}
         self.families: list[str] = []
-        for pipeline in pipelines:
+        for pipeline in {each.name: each for each in pipelines}.values():
             self.shapes[pipeline.name] = self._shape(pipeline, costs)
         self.hosts = [node.host for node in nodes]
         # By node: the keys that it can run, and how sought after it is.
@@ -29,7 +29,7 @@ class Board:
         self.sought = [0.0] * len(nodes)
         self.holders: list[set[int]] = [set() for _ in self.keys]
         # By pipeline: whether some nodes can denoise and not encode.
-        self.apart = [False] * len(pipelines)
+        self.apart = [False] * len(self.shapes)
         self.idle: set[int] = set()
         self.works: dict[int, Work] = {}
         self.demand = [1.0] * len(self.keys)
@@ -96,5 +96,15 @@ class Board:
             if self.works.get(node) is work:
                 del self.works[node]
             record = self.nodes[node]
-            if record.up and not record.loading:
+            if record.up and not record.loading and record.foreign_until <= 0.0:
                 self.idle.add(node)
+
+    def hear_of_others(self, now: float) -> None:
+        """Nodes that other gateways use are not ours to give; those they left are."""
+        for node in self.nodes:
+            if node.foreign_until > now:
+                self.idle.discard(node.index)
+                continue
+            node.foreign_until = 0.0
+            if node.up and not node.loading and node.index not in self.works:
+                self.idle.add(node.index)

@@ -68,6 +68,8 @@ class Parameters:
     split: bool = True
     split_least: float = 0.3
     preempt: bool = True
+    # Other gateways have work on the same nodes.
+    shared: bool = False
     hysteresis: float = 0.2
     eager: bool = True
 
@@ -128,7 +130,13 @@ class KubeDiffusion:
         self._fresh = True
 
     def wake_at(self, now: float) -> float | None:
-        return None if self.planner is None else self.planner.wake_at(now)
+        """The next look at the plan, the next request to become late, the next node to be free."""
+        moments = [head.lst for head in self._heads()] if self._waiting else []
+        if self.planner is not None:
+            moments.append(self.planner.wake_at(now))
+        if self.parameters.shared and self._waiting:
+            moments += [node.foreign_until for node in self.nodes]
+        return min((moment + 1e-5 for moment in moments if moment >= now), default=None)
 
     def _credit(self, kind: str, tickets: Sequence[Ticket], done: int, node: int) -> None:
         for ticket in tickets:
@@ -188,6 +196,8 @@ class KubeDiffusion:
     # ---------------------------------------------------------------- a round
 
     def decide(self, now: float) -> Sequence[Action]:
+        if self.parameters.shared:
+            self.board.hear_of_others(now)
         if self.parameters.shed:
             if self.parameters.foresee and self._fresh and self._waiting > len(self.board.idle):
                 self._shed_for_others(now)

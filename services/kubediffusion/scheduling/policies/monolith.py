@@ -40,6 +40,7 @@ class _Monolith:
         self.nodes = nodes
         self.costs = costs
         self._idle = {node.index for node in nodes if node.up}
+        self._gone = set[int]()
         self._out: list[Action] = []
 
     def ended(self, work: Work, now: float) -> None:
@@ -53,7 +54,6 @@ class _Monolith:
 
     def fleet_changed(self, now: float) -> None:
         down = {node.index for node in self.nodes if not node.up}
-        self._gone = getattr(self, "_gone", set[int]())
         self._idle = (self._idle | (self._gone - down)) - down
         self._gone = down
 
@@ -63,11 +63,11 @@ class _Monolith:
     def _again(self, job: Job) -> None:
         raise NotImplementedError
 
-    def _start(self, job: Job, node: int, *, load: bool) -> Start:
+    def _start(self, job: Job, node: int) -> Start:
         self._idle.discard(node)
         name = job.pipeline.name
         call = Call(name, 1, job.solo)
-        return Start(Work(node, (job,), (call,), (name,) if load else ()))
+        return Start(Work(node, (job,), (call,), (name,)))
 
     def _flush(self) -> list[Action]:
         out, self._out = self._out, []
@@ -116,7 +116,7 @@ class Partitioned(_Monolith):
                         self._out.append(Shed(queue.popleft()))
                     if not queue:
                         break
-                    self._out.append(self._start(queue.popleft(), node, load=False))
+                    self._out.append(self._start(queue.popleft(), node))
         return self._flush()
 
 
@@ -141,6 +141,11 @@ class Swapping(_Monolith):
         super().fleet_changed(now)
         for node in self.nodes:
             self._held[node.index] = dict(node.resident)
+
+    def wake_at(self, now: float) -> float | None:
+        """When the next one that waits becomes late."""
+        late = (job.deadline - job.solo for job in self._queue) if self._aware else iter(())
+        return min((moment + 1e-6 for moment in late if moment >= now), default=None)
 
     def decide(self, now: float) -> Sequence[Action]:
         if self._aware:
@@ -171,7 +176,7 @@ class Swapping(_Monolith):
         """An idle node with the pipeline; else the one whose swap hurts least, where time allows
         it and no node with the pipeline is free sooner than the swap would take."""
         name = job.pipeline.name
-        holding = [node.index for node in self.nodes if name in self._held[node.index]]
+        holding = [node.index for node in self.nodes if node.up and name in self._held[node.index]]
         idle = [node for node in holding if node in self._idle]
         if idle:
             return min(idle)
@@ -208,7 +213,7 @@ class Swapping(_Monolith):
             load = 0.0
         held[name] = nbytes
         self._free_at[node] = now + load + job.solo
-        self._out.append(self._start(job, node, load=True))
+        self._out.append(self._start(job, node))
 
 
 def pipeline_loads(pipelines: Sequence[Pipeline], costs: Costs, mix: Mapping[str, float]) -> list[float]:
