@@ -25,8 +25,9 @@ def equal_partition(pipelines: Sequence[Pipeline], nodes: int) -> list[int]:
 
 
 def load_partition(loads: Sequence[float], nodes: int) -> list[int]:
-    """At least one each, the others by load (largest quotient of load and nodes first)."""
-    shares = [1] * len(loads)
+    """At least one each, as far as they go; the others by load (largest load a node first)."""
+    heaviest = sorted(range(len(loads)), key=lambda i: -loads[i])[:nodes]
+    shares = [int(i in heaviest) for i in range(len(loads))]
     for _ in range(nodes - len(loads)):
         most = max(range(len(loads)), key=lambda i: loads[i] / shares[i])
         shares[most] += 1
@@ -101,7 +102,11 @@ class Partitioned(_Monolith):
         }
 
     def arrived(self, job: Job, now: float) -> None:
-        self._queues[self._group[job.pipeline.name]].append(job)
+        group = self._group[job.pipeline.name]
+        if self._members[group]:
+            self._queues[group].append(job)
+        else:
+            self._out.append(Shed(job))
 
     def _again(self, job: Job) -> None:
         self._queues[self._group[job.pipeline.name]].appendleft(job)
