@@ -1,7 +1,7 @@
 # Every target sets up what it needs; a second run is quick.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all e2e lint fmt bench bench-gpu study protos generate images clean
+.PHONY: help demo test test-all e2e lint fmt bench bench-gpu study paper paper-full protos generate images clean
 
 help:  ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,12 @@ bench-gpu:  ## Measure the Triton kernels beside eager and inductor, on a machin
 
 study:  ## Compare estimators and arms of token pruning: six CPU hours; started again, it goes on
 	@scripts/env train && OMP_NUM_THREADS=1 .venv/bin/kubediffusion shiva study $(STUDY)
+
+paper:  ## Every scheduling policy on the published settings, in the simulator
+	@scripts/paper
+
+paper-full:  ## And its variations: lost GPUs, several gateways, pruning, pinned loads, less memory
+	@scripts/paper --full
 
 protos:  ## Generate the Python code of protos/
 	@scripts/env lint && scripts/protos

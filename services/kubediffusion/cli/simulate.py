@@ -19,6 +19,7 @@ from kubediffusion.errors import InvalidInput
 if TYPE_CHECKING:
     from kubediffusion.simulate.scenario import Result, Scenario
 
+
 @dataclass(frozen=True)
 class Asked:
     """The options as typed. Everything that is None has a default that depends on the others."""

@@ -131,7 +131,9 @@ class _Planner:
 
     def best(self, room: Room, planned: frozenset[str]) -> frozenset[str]:
         worth = {unit.name: self._worth(unit, room, planned) for unit in self._units}
-        units = [each for each in self._units if each.nbytes <= room.nbytes and worth[each.name] > 0]
+        units = [
+            each for each in self._units if each.nbytes <= room.nbytes and worth[each.name] > 0
+        ]
         units.sort(key=lambda each: (bool(each.beside), -worth[each.name] / max(each.nbytes, 1.0)))
         if len(units) > _EXACT_UNITS:
             return _greedy(units, worth, room.nbytes)

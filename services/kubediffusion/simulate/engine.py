@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 from kubediffusion.scheduling.costs import Costs
 from kubediffusion.scheduling.pipelines import Job
@@ -23,7 +24,6 @@ from kubediffusion.scheduling.policy import (
     Action,
     Finish,
     Load,
-    Node,
     Policy,
     Revoke,
     Shed,
@@ -31,7 +31,6 @@ from kubediffusion.scheduling.policy import (
     Work,
 )
 from kubediffusion.simulate.machines import Machine, Running
-
 
 # A gateway whose work was declined leaves the node alone for so many seconds at least.
 _ASK_AGAIN = 0.01
@@ -136,7 +135,7 @@ class Simulation:
         self.options = options or Options()
         self.outcome = Outcome()
         self.now = 0.0
-        self._gateway_of = gateway_of or (lambda job: 0)
+        self._gateway_of = gateway_of or _only_gateway
         self._random = random.Random(self.options.seed)
         self._heap: list[tuple[float, int, int, object]] = []
         self._serial = 0
@@ -154,6 +153,15 @@ class Simulation:
     def run(self) -> Outcome:
         self._prepare()
         heap, jobs, at = self._heap, self.jobs, 0
+        handlers: dict[int, Callable[[Any], None]] = {
+            Kind.END: self._on_end,
+            Kind.LOADED: self._on_loaded,
+            Kind.FAULT: self._on_fault,
+            Kind.NOTICED: self._on_noticed,
+            Kind.WAKE: self._on_wake,
+            Kind.REPORT: self._on_report,
+            Kind.SCALE: self._on_scale,
+        }
         infinity = float("inf")
         while self._open:
             arrival = jobs[at].arrival if at < len(jobs) else infinity
@@ -168,7 +176,7 @@ class Simulation:
             while heap and heap[0][0] <= now:
                 _, _, kind, body = heapq.heappop(heap)
                 self.outcome.events += 1
-                _HANDLERS[kind](self, body)
+                handlers[kind](body)
             self._decide()
         outcome = self.outcome
         outcome.end = self.now
@@ -516,12 +524,5 @@ class _Healed:
     node: int
 
 
-_HANDLERS: dict[int, Callable[[Simulation, object], None]] = {  # pyright: ignore
-    Kind.END: Simulation._on_end,
-    Kind.LOADED: Simulation._on_loaded,
-    Kind.FAULT: Simulation._on_fault,
-    Kind.NOTICED: Simulation._on_noticed,
-    Kind.WAKE: Simulation._on_wake,
-    Kind.REPORT: Simulation._on_report,
-    Kind.SCALE: Simulation._on_scale,
-}
+def _only_gateway(job: Job) -> int:
+    return 0

@@ -63,9 +63,7 @@ def with_pipelines(build: Build) -> Costs:
         )
         for p in build.pipelines
     }
-    return Costs(
-        {**costs.models, **whole}, costs.same_host, costs.cross_host, costs.load_scale
-    )
+    return Costs({**costs.models, **whole}, costs.same_host, costs.cross_host, costs.load_scale)
 
 
 def build_fleet(name: str, build: Build) -> Fleet:
@@ -182,8 +180,7 @@ def _diflow(*, early_abort: bool = True) -> Callable[[Build], Fleet]:
                         machine.put(model, nbytes)
         tables = replace(build.tables, early_abort=early_abort)
         policies: list[Policy] = [
-            DiFlow(records(machines), costs, build.pipelines, tables)
-            for _ in range(build.gateways)
+            DiFlow(records(machines), costs, build.pipelines, tables) for _ in range(build.gateways)
         ]
         return Fleet(machines, policies, costs)
 

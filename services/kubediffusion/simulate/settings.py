@@ -206,8 +206,9 @@ def setting_of(content: Mapping[str, Any], name: str) -> Setting:
     if missing or not pipelines or gpus < 1:
         what = f"family '{missing[0]}' has no workflows" if missing else "no workflows, or no GPUs"
         raise InvalidInput(f"setting {name}: {what}; give families of {', '.join(_FAMILIES)}")
-    setting = Setting(name, gpus, Families(pipelines, weights), **numbers)
-    return replace(setting, gpus_per_host=int(content.get("gpusPerHost", 8)))
+    per_host = int(content.get("gpusPerHost", 8))
+    setting = Setting(name, gpus, Families(pipelines, weights), per_host)
+    return replace(setting, **numbers)
 
 
 _NUMBERS = {

@@ -42,7 +42,10 @@ def largest_rate(
 
 
 def sweep_rate(
-    scenario: Scenario, judge: Judge = overall, share: float = 0.9, guess: float = 2.0,
+    scenario: Scenario,
+    judge: Judge = overall,
+    share: float = 0.9,
+    guess: float = 2.0,
     tolerance: float = 0.01,
 ) -> float:
     def reaches(rate: float) -> bool:
@@ -85,7 +88,9 @@ def burst_ids(result: Result, burst: Burst) -> set[int]:
     return {job.id for job in result.jobs if round(job.arrival, 9) in times}
 
 
-def sweep_gpus(scenario: Scenario, judge: Judge = overall, share: float = 0.9, most: int = 96) -> int:
+def sweep_gpus(
+    scenario: Scenario, judge: Judge = overall, share: float = 0.9, most: int = 96
+) -> int:
     """The fewest GPUs; `most` + 1 where none suffice."""
 
     def reaches(gpus: int) -> bool:

@@ -97,7 +97,7 @@ class Audited(Simulation):
             assert self.machines[index].up, "work on a lost machine"
         super()._begin(machine, work)
         needed = {call.model for call in work.calls if call.model in machine.resident}
-        assert needed or all(COSTS_OR_PIPELINE(call.model) for call in work.calls)
+        assert needed or all(weightless(call.model) for call in work.calls)
 
     def _account(self, machine, running):
         work = running.work
@@ -112,7 +112,7 @@ class Audited(Simulation):
             assert machine.used <= machine.memory + 1.0, "more models than memory"
 
 
-def COSTS_OR_PIPELINE(model: str) -> bool:  # noqa: N802
+def weightless(model: str) -> bool:
     """Models without weights need no residency."""
     entry = COSTS.models.get(model)
     return entry is not None and entry.nbytes == 0.0

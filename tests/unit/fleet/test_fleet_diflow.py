@@ -58,13 +58,13 @@ def test_the_head_of_the_list_is_the_oldest_and_there_the_farthest_from_the_sink
     policy = DiFlow(nodes(1), COSTS, [SMALL], TABLES)
     policy.arrived(job(0, SMALL, 0.0), 0.0)
     policy.arrived(job(1, SMALL, 1.0), 1.0)
-    # Latents go through all eleven samplers to the decoder, depth 13; an encoder also feeds the last
-    # denoiser, depth 4.
+    # Latents go through all eleven samplers to the decoder, depth 13; an encoder also feeds the
+    # last denoiser, depth 4.
     assert started(policy, 1.0) == [("latents", 1, 0), ("text", 4, 0)]
 
 
 def test_a_worker_is_available_for_ten_milliseconds_of_work():
-    """The latents take 1 ms, so the encoders follow at once; they take 38 ms, so nothing else does."""
+    """The latents take 1 ms, so the encoders follow at once; they take 19 ms, and nothing more does."""
     policy = DiFlow(nodes(1), COSTS, [SMALL], TABLES)
     policy.arrived(job(0, SMALL, 0.0), 0.0)
     assert started(policy) == [("latents", 1, 0), ("text", 2, 0)]
@@ -171,8 +171,8 @@ def test_on_one_worker_a_lone_request_runs_its_branches_one_after_the_other():
 
 
 def test_on_one_worker_two_requests_are_batched_by_two():
-    """A step has four tasks. With the first, three are left for one worker: throughput mode, and the
-    first two go together. With the third, one is left: latency mode. So three calls a step."""
+    """A step has four tasks. With the first, three are left for one worker: throughput mode, and
+    the first two go together. With the third, one is left: latency mode. So three calls a step."""
     outcome = run(SMALL, 1, count=2)
     denoising = [span for span in outcome.spans if span.what == "small"]
     assert max(len(span.jobs) for span in denoising) <= 2

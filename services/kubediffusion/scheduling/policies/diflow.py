@@ -341,4 +341,3 @@ class DiFlow:
 
     def _run_seconds(self, op: Op, batch: int) -> float:
         return self.costs.run(op.model, next_power_of_two(batch), op.mode)
-

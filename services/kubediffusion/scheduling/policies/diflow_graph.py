@@ -81,9 +81,7 @@ class _Graph:
 
     def measure_depth(self) -> None:
         """Breadth first from the sink over all edges: the fewest edges count."""
-        producers = {
-            op.index: [each for each, _ in op.inputs] + op.lazy for op in self.ops
-        }
+        producers = {op.index: [each for each, _ in op.inputs] + op.lazy for op in self.ops}
         seen = {self.ops[-1].index}
         front = [self.ops[-1].index]
         depth = 1

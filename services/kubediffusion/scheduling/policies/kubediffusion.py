@@ -56,15 +56,15 @@ class Parameters:
     foresee: bool = True
     optimism: float = 0.95
     grace: float = 0.0
-    batch: int = 2
+    batch: int = 3
     least_gain: float = 0.04
     # Batch with a running lease once this share of a waiting request's slack would be lost.
     pressure: float = 0.5
     # What was begun goes before what was not, by this share of its solo time.
     begun: float = 0.25
-    begun_most: float = 0.5
+    begun_most: float = 0.25
     margin: float = 0.01
-    least_slack: float = 0.2
+    least_slack: float = 0.1
     split: bool = True
     split_least: float = 0.3
     preempt: bool = True
@@ -171,7 +171,11 @@ class KubeDiffusion:
         job, order = ticket.job, self.parameters.order
         share = self.parameters.laxity
         key = job.arrival if order == "arrival" else share * lst + (1.0 - share) * job.deadline
-        head_start = min(self.parameters.begun * job.solo, self.parameters.begun_most) if ticket.begun else 0.0
+        head_start = (
+            min(self.parameters.begun * job.solo, self.parameters.begun_most)
+            if ticket.begun
+            else 0.0
+        )
         if ticket.encode and self.board.apart[ticket.shape.index]:
             head_start = _FIRST
         return key - head_start - 1e6 * job.priority
@@ -325,15 +329,30 @@ class KubeDiffusion:
             spare = (board.idle & board.holders[ticket.shape.denoise_key]) - {node}
             if self._waiting and len(board.idle) == 1 and (self._pressed or self.parameters.eager):
                 self._fill(tickets, node, now)
-            elif spare and not self._waiting and self.parameters.split and self._worth_splitting(ticket):
+            elif (
+                spare
+                and not self._waiting
+                and self.parameters.split
+                and self._worth_splitting(ticket)
+            ):
                 if ticket.encode:
                     encode_only = True
                 elif ticket.steps:
-                    helper = min(spare, key=lambda each: (board.hosts[each] != board.hosts[node], board.sought[each], each))
+                    helper = min(
+                        spare,
+                        key=lambda each: (
+                            board.hosts[each] != board.hosts[node],
+                            board.sought[each],
+                            each,
+                        ),
+                    )
         self._start(tickets, node, helper, encode_only, now)
 
     def _worth_splitting(self, ticket: Ticket) -> bool:
-        return ticket.steps * (ticket.shape.step - ticket.shape.split) > self.parameters.split_least * 0.2
+        return (
+            ticket.steps * (ticket.shape.step - ticket.shape.split)
+            > self.parameters.split_least * 0.2
+        )
 
     def _start(
         self,
@@ -564,11 +583,14 @@ class KubeDiffusion:
             helpers = spare & board.holders[ticket.shape.denoise_key]
             if len(work.jobs) == 1 and not self.parameters.split:
                 return
-            if helpers and lease.end - now > self.parameters.split_least + ticket.shape.step * 3 + ticket.shape.decode:
+            if (
+                helpers
+                and lease.end - now
+                > self.parameters.split_least + ticket.shape.step * 3 + ticket.shape.decode
+            ):
                 self._revoke(work)
                 spare.discard(min(helpers))
                 spare_count -= 1
-
 
 
 # Encoding, where few nodes can do it, goes before all denoising: it is short, and others wait.

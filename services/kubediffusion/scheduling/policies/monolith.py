@@ -221,6 +221,8 @@ class Swapping(_Monolith):
         self._out.append(self._start(job, node))
 
 
-def pipeline_loads(pipelines: Sequence[Pipeline], costs: Costs, mix: Mapping[str, float]) -> list[float]:
+def pipeline_loads(
+    pipelines: Sequence[Pipeline], costs: Costs, mix: Mapping[str, float]
+) -> list[float]:
     """Relative work of each workflow: its share of the requests times its solo time."""
     return [mix.get(each.name, 0.0) * each.solo_seconds(costs) for each in pipelines]
