@@ -142,7 +142,7 @@ def _burst_row(task: Task) -> dict[str, Any]:
     costs, _, trace = _data()
     base = scenario(task.setting, task.policy, task.seed, arrivals="poisson")
     mix = base.setting.families.mix()
-    labels = {label: share for label, share in _label_shares()}
+    labels = dict(_label_shares())
     mean_work = sum(
         mix[family] * labels[label] * pipeline.least_seconds(costs)
         for family, pipelines in base.setting.families.pipelines.items()

@@ -27,7 +27,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
-    """`load_seconds` is from host memory to the accelerator; `runs` are by mode, sorted by batch."""
+    """`load_seconds` is from host memory to the accelerator; `runs` are by mode and batch."""
 
     load_seconds: float
     nbytes: float

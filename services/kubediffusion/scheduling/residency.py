@@ -128,9 +128,17 @@ class _Planner:
         self._counts = counts
         self._keep = keep
         self._best: tuple[float, frozenset[str]] = (0.0, frozenset())
+        # Like nodes get like answers: most of a large fleet is asked once.
+        self._known: dict[tuple[float, ...], frozenset[str]] = {}
 
     def best(self, room: Room, planned: frozenset[str]) -> frozenset[str]:
         worth = {unit.name: self._worth(unit, room, planned) for unit in self._units}
+        key = (room.nbytes, *worth.values())
+        if key not in self._known:
+            self._known[key] = self._search(room, worth)
+        return self._known[key]
+
+    def _search(self, room: Room, worth: Mapping[str, float]) -> frozenset[str]:
         units = [
             each for each in self._units if each.nbytes <= room.nbytes and worth[each.name] > 0
         ]

@@ -45,7 +45,7 @@ class Build:
     gpus: int
     mix: Mapping[str, float]
     gateways: int = 1
-    tables: Tables = Tables()
+    tables: Tables = field(default_factory=Tables)
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property

@@ -52,9 +52,9 @@ class Scenario:
     repeats: int = 1
     burst: Burst | None = None
     weights_at: Weights | None = None
-    options: Options = Options()
+    options: Options = field(default_factory=Options)
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    tables: Tables = Tables()
+    tables: Tables = field(default_factory=Tables)
     # What deadlines are reckoned from, where the simulated work is cheaper (a pruning budget).
     solo_costs: Costs | None = None
 

@@ -64,7 +64,7 @@ def test_the_head_of_the_list_is_the_oldest_and_there_the_farthest_from_the_sink
 
 
 def test_a_worker_is_available_for_ten_milliseconds_of_work():
-    """The latents take 1 ms, so the encoders follow at once; they take 19 ms, and nothing more does."""
+    """The latents take 1 ms, so the encoders follow at once; they take 19, so no more does."""
     policy = DiFlow(nodes(1), COSTS, [SMALL], TABLES)
     policy.arrived(job(0, SMALL, 0.0), 0.0)
     assert started(policy) == [("latents", 1, 0), ("text", 2, 0)]

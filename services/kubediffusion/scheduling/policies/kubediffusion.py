@@ -26,7 +26,14 @@ from kubediffusion.scheduling.pipelines import Job, Pipeline
 from kubediffusion.scheduling.policies.feasibility import Claim, Ledger, first_victim
 from kubediffusion.scheduling.policies.fleet import Board
 from kubediffusion.scheduling.policies.planner import Planner
-from kubediffusion.scheduling.policies.tickets import Lease, LeaseCosts, Part, Ticket, calls_of
+from kubediffusion.scheduling.policies.tickets import (
+    Lease,
+    LeaseCosts,
+    Part,
+    Shape,
+    Ticket,
+    calls_of,
+)
 from kubediffusion.scheduling.policy import (
     Action,
     Call,
@@ -44,8 +51,8 @@ from kubediffusion.scheduling.policy import (
 class Parameters:
     """Seconds unless said otherwise. ``dispatch`` is a lease's overhead and ``sampler`` a step's;
     ``floor`` is the attainment that no family is pushed under while another can give (0: the most
-    requests, whosever they are); ``order`` is "slack" or "arrival"; slack is from the deadline (``laxity`` 0) or from the latest
-    start (1)."""
+    requests, whosever they are); ``order`` is "slack" or "arrival"; slack is from the deadline
+    (``laxity`` 0) or from the latest start (1)."""
 
     dispatch: float = 0.002
     sampler: float = 0.0002
@@ -96,6 +103,8 @@ class KubeDiffusion:
         self._fresh = False
         self._pressed = False
         self._out: list[Action] = []
+        # By pipeline: whether a batch of two requests saves enough.
+        self._gains: dict[int, bool] = {}
 
     # ---------------------------------------------------------------- what happened
 
@@ -384,6 +393,7 @@ class KubeDiffusion:
         for ticket in tickets:
             ticket.work = work
             ticket.begun = ticket.begun or not encode_only
+        lease.rank = min(self._rank(ticket, lease.slack) for ticket in tickets)
         board.occupy(work)
         self._out.append(Start(work))
 
@@ -459,13 +469,16 @@ class KubeDiffusion:
     def _rescue(self, now: float) -> bool:
         """Batch a waiting request with a lease, where that gains most, to make room for others.
         True: a lease is on its way to that."""
+        heads = [head for head in self._heads() if self._batching_gains(head.shape)]
+        if not heads:
+            return False
         leases = [work for node, work in self.board.works.items() if work.node == node]
         if any(work.info.joining and work.info.revoked for work in leases):
             return True
         best: tuple[float, Work] | None = None
         leases.sort(key=lambda work: -work.info.slack)
         tries = 24
-        for head in self._heads():
+        for head in heads:
             denoiser = head.shape.pipeline.denoiser
             for work in leases:
                 lease: Lease = work.info
@@ -493,8 +506,16 @@ class KubeDiffusion:
         self._revoke(best[1])
         return True
 
+    def _batching_gains(self, shape: Shape) -> bool:
+        gains = self._gains.get(shape.index)
+        if gains is None:
+            together = self.costs.step([shape, shape])
+            gains = together <= (1.0 - self.parameters.least_gain) * 2 * shape.step
+            self._gains[shape.index] = gains
+        return gains
+
     def _joined(self, head: Ticket, work: Work, lease: Lease, now: float) -> float | None:
-        """Seconds gained where `head` joins the lease at its next step; None: somebody'd be late."""
+        """Seconds gained where `head` joins the lease at its next step; None: one would be late."""
         at = lease.start + work.setup
         for call, part in zip(work.calls, lease.parts, strict=True):
             if part.kind == "step":
@@ -546,6 +567,7 @@ class KubeDiffusion:
         best: Work | None = None
         p = self.parameters
         most = head.rank + p.hysteresis
+        share = 0.0 if p.order == "arrival" else p.laxity
         for node in self.board.holders[head.waits]:
             work = self.board.works.get(node)
             if work is None:
@@ -557,7 +579,7 @@ class KubeDiffusion:
                 return work
             if most < _SOON and lease.slack < 2 * head.shape.encode:
                 continue
-            rank = min(self._rank(ticket, now + lease.slack) for ticket in lease.tickets)
+            rank = lease.rank + share * now
             if rank > most:
                 most, best = rank, work
         return best

@@ -29,6 +29,8 @@ class Limits:
     # What was planned for counts as so many requests seen.
     prior: float = 10.0
     gain: float = 0.2
+    # Nothing is planned anew before so much of the mix (summed changes of shares) has moved.
+    moved: float = 0.25
     at_once: float = 0.13
     spare_bytes: float = 0.0
 
@@ -48,6 +50,10 @@ class Planner:
         self._pipelines = pipelines
         total = sum(mix.values()) or 1.0
         self._seen = {name: limits.prior * share / total for name, share in mix.items()}
+        self._planned = {name: share / total for name, share in mix.items()}
+        self._nodes_then: tuple[bool | frozenset[str], ...] = tuple(
+            node.up and frozenset(node.resident) for node in nodes
+        )
         self._last = 0.0
         self._looked = 0.0
         self.targets: dict[int, frozenset[str]] = {}
@@ -69,8 +75,11 @@ class Planner:
     def look(self, now: float) -> None:
         """Plan anew where that is worth it."""
         self._looked = now
-        if sum(self._seen.values()) < self.limits.prior / 2:
+        total = sum(self._seen.values())
+        shares = {name: value / total for name, value in self._seen.items()} if total else {}
+        if total < self.limits.prior / 2 or not self._changed(shares):
             return
+        self._planned = shares
         up = [node for node in self._nodes if node.up]
         units = units_of(self._pipelines, self._costs, self._seen, len(up))
         rooms = [Room(node.index, node.memory - self.limits.spare_bytes) for node in up]
@@ -83,6 +92,15 @@ class Planner:
                 for index, chosen in plan.items()
                 if chosen != current[index]
             }
+
+    def _changed(self, shares: Mapping[str, float]) -> bool:
+        """Whether the mix, or the nodes, are others than at the last plan."""
+        nodes = tuple(node.up and frozenset(node.resident) for node in self._nodes)
+        if nodes != self._nodes_then:
+            self._nodes_then = nodes
+            return True
+        moved = sum(abs(share - self._planned.get(name, 0.0)) for name, share in shares.items())
+        return moved > self.limits.moved
 
     def wake_at(self, now: float) -> float:
         return self._looked + self.limits.every if not self.due(now) else now + self.limits.every

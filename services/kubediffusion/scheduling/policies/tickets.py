@@ -90,6 +90,8 @@ class Lease:
     joining: bool = False
     # The most it can be put off without a ticket of it becoming late.
     slack: float = 0.0
+    # What its rank would be, were it revoked: this, plus the share of laxity in it times now.
+    rank: float = 0.0
     # Of each ticket's own work, as if alone, what the lease does: seconds.
     spent: list[float] = field(default_factory=list[float])
 
