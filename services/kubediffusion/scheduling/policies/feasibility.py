@@ -61,11 +61,19 @@ def first_victim(
     victim = _overload(claims, len(everywhere), now, ledger)
     if victim is not None or len(groups) < 2:
         return victim
-    for key in groups:
+    # Requests that can use the very same nodes are one group.
+    alike: list[tuple[set[int], list[Claim]]] = []
+    for key, members in groups.items():
         nodes = holders[key]
+        known = next((each for each in alike if each[0] == nodes), None)
+        if known is None:
+            alike.append((nodes, list(members)))
+        else:
+            known[1].extend(members)
+    for nodes, _ in alike:
         if len(nodes) == len(everywhere):
             continue
-        inside = [each for other in groups if holders[other] <= nodes for each in groups[other]]
+        inside = [each for other, members in alike if other <= nodes for each in members]
         victim = _overload(inside, len(nodes), now, ledger)
         if victim is not None:
             return victim

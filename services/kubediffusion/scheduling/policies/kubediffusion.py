@@ -551,13 +551,22 @@ class KubeDiffusion:
 
     def _preempt(self, now: float) -> None:
         """For each head that has less time than a lease on its nodes, that lease gives way."""
-        coming = sum(
-            1 for node, work in self.board.works.items() if work.info.revoked and work.node == node
-        )
+        p = self.parameters
+        share = 0.0 if p.order == "arrival" else p.laxity
+        coming, split, highest = 0, False, float("-inf")
+        for node, work in self.board.works.items():
+            lease: Lease = work.info
+            if lease.revoked:
+                coming += work.node == node
+            elif lease.rank > highest:
+                highest = lease.rank
+            split = split or lease.split
         for head in sorted(self._heads(), key=lambda ticket: ticket.rank):
             if coming > 0:
                 coming -= 1
                 continue
+            if not split and head.rank + p.hysteresis >= highest + share * now:
+                return  # nor does any that is less urgent
             victim = self._victim(head, now)
             if victim is not None:
                 self._revoke(victim)
