@@ -336,7 +336,8 @@ def write_summary() -> None:
     lines = [
         "# Policies on the published settings",
         "",
-        "Made by `make paper`; see docs/simulate.md.",
+        "Made by `make paper`; see docs/simulate.md. Rows that are not there yet show as –; "
+        "`make paper` goes on from the CSVs.",
         "",
     ]
     for column, title in (
