@@ -390,7 +390,9 @@ def _ratios() -> list[str]:
 
     for policy in (*BASELINES, *DIFLOW):
         cells = (
-            f"{value(overall, s, 'kubediffusion') / max(1e-9, value(overall, s, policy)):.2f}"
+            f"{value(overall, s, 'kubediffusion') / value(overall, s, policy):.2f}"
+            if value(overall, s, policy) > 0
+            else "–"
             for s in SETTINGS
         )
         out.append(f"| kubediffusion / {policy} | " + " | ".join(cells) + " |")
