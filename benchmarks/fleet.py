@@ -336,7 +336,8 @@ def write_summary() -> None:
     lines = [
         "# Policies on the published settings",
         "",
-        "Made by `make paper`; see docs/simulate.md.",
+        "Made by `make paper`; see docs/simulate.md. Rows that are not there yet show as –; "
+        "`make paper` goes on from the CSVs.",
         "",
     ]
     for column, title in (
@@ -389,7 +390,9 @@ def _ratios() -> list[str]:
 
     for policy in (*BASELINES, *DIFLOW):
         cells = (
-            f"{value(overall, s, 'kubediffusion') / max(1e-9, value(overall, s, policy)):.2f}"
+            f"{value(overall, s, 'kubediffusion') / value(overall, s, policy):.2f}"
+            if value(overall, s, policy) > 0
+            else "–"
             for s in SETTINGS
         )
         out.append(f"| kubediffusion / {policy} | " + " | ".join(cells) + " |")
