@@ -11,6 +11,7 @@ the pipeline, swaps only when the deadline survives, and drops what cannot finis
 from __future__ import annotations
 
 from collections import Counter, deque
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from kubediffusion.scheduling.costs import Costs
@@ -34,7 +35,7 @@ def load_partition(loads: Sequence[float], nodes: int) -> list[int]:
     return shares
 
 
-class _Monolith:
+class _Monolith(ABC):
     """What the baselines share: one work a request, results when it ends."""
 
     def __init__(self, nodes: Sequence[Node], costs: Costs) -> None:
@@ -61,8 +62,9 @@ class _Monolith:
     def wake_at(self, now: float) -> float | None:
         return None
 
+    @abstractmethod
     def _again(self, job: Job) -> None:
-        raise NotImplementedError
+        """It waits again."""
 
     def _start(self, job: Job, node: int) -> Start:
         self._idle.discard(node)
