@@ -10,8 +10,8 @@ the pipeline, swaps only when the deadline survives, and drops what cannot finis
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from abc import ABC, abstractmethod
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 
 from kubediffusion.scheduling.costs import Costs
