@@ -44,25 +44,23 @@ def _size(b64: str) -> tuple[int, int]:
         return image.size
 
 
-async def test_images_come_from_the_nodes(tmp_path):
-    # A picture that is done overtakes its previews: the last step waits for them to be seen.
-    seen = asyncio.Event()
-    seen.set()
-    node = one_node(tmp_path, script=lambda node, assign, step: seen.wait() if step == 3 else None)
+async def test_images_come_from_the_nodes(tmp_path, monkeypatch):
+    # A picture that is done overtakes its preview: the last step waits until that was told.
+    told = asyncio.Event()
+    told.set()
+    node = one_node(tmp_path, script=lambda node, assign, step: told.wait() if step == 3 else None)
     async with gateway_over([node]) as gateway, package_over(gateway) as client:
         ours = {"seed": 7, "steps": 4}
         one = await client.images.generate(model="sd3", prompt="a fox", extra_body=ours)
         two = await client.images.generate(prompt="a fox", n=2, extra_body=ours | {"seed": 6})
         assert one.data[0].b64_json == two.data[1].b64_json != two.data[0].b64_json
         assert _size(one.data[0].b64_json) == (8, 8)
-        seen.clear()
+        told.clear()
+        monkeypatch.setattr(gateway.measures, "previewed", lambda *about, **more: told.set())
         stream = await client.images.generate(
             prompt="a fox", stream=True, partial_images=1, extra_body=ours
         )
-        events = []
-        async for event in stream:
-            events.append(event)
-            seen.set()
+        events = [event async for event in stream]
         assert [event.type.rpartition(".")[2] for event in events] == ["partial_image", "completed"]
         assert events[-1].b64_json == one.data[0].b64_json
         models = await client.models.list()
