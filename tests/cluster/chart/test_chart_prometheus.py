@@ -45,26 +45,31 @@ BOARD = json.loads((CHART / "dashboards/kubediffusion.json").read_text())
 
 
 class Busy:
-    """Metrics of one process that change all the time: of each family a series."""
+    """Metrics of one process that change all the time: of each family a series or two."""
+
+    OUTCOMES = ("succeeded", "kept")  # of tasks, of tokens
 
     def __init__(self, group: Callable[[CollectorRegistry], Any]) -> None:
         self.registry = CollectorRegistry()
         self.metrics = group(self.registry)
         self._words = {"model": "tiny-dit", "workflow": "tiny", "stage": "denoise"}
-        self._words |= {"state": "ready", "outcome": "succeeded", "kind": "Pod"}
+        self._words |= {"state": "ready", "kind": "Pod"}
 
     def work(self) -> None:
         for metric in vars(self.metrics).values():
-            if not hasattr(metric, "_labelnames"):
+            names = getattr(metric, "_labelnames", None)
+            if names is None:
                 continue
-            words = [self._words.get(name, "some") for name in metric._labelnames]
-            child = metric.labels(*words) if words else metric
-            if hasattr(child, "observe"):
-                child.observe(0.3)
-            elif hasattr(child, "set"):
-                child.set(1)
-            else:
-                child.inc()
+            for outcome in self.OUTCOMES if "outcome" in names else ("",):
+                said = self._words | {"outcome": outcome}
+                words = [said.get(name, "some") for name in names]
+                child = metric.labels(*words) if words else metric
+                if hasattr(child, "observe"):
+                    child.observe(0.3)
+                elif hasattr(child, "set"):
+                    child.set(1)
+                else:
+                    child.inc()
 
 
 @dataclass
