@@ -81,7 +81,6 @@ def three_stages(options: dict[str, str] | None = None) -> ResolvedWorkflow:
         loras={},
         slo=Slo(),
         numerics="exact",
-        budget=None,
     )
 
 
