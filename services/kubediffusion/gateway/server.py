@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
-import gc
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -20,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from kubediffusion import rpc
+from kubediffusion import heap, rpc
 from kubediffusion.errors import Unavailable
 from kubediffusion.gateway.core import Gateway
 from kubediffusion.gateway.keys import ApiKeys
@@ -106,11 +105,8 @@ async def serve(
     keys = None if api_keys is None else ApiKeys(api_keys)
     open_doors: list[Door] = []
     async with AsyncExitStack() as stack:
-        # All that was imported and built up to here stays: a full collection, which stops the
-        # loop, need not walk it again.
-        gc.collect()
-        gc.freeze()
-        stack.callback(gc.unfreeze)
+        heap.settle()
+        stack.callback(heap.unsettle)
         tracing = configure_tracing("kubediffusion-gateway")
         stack.push_async_callback(asyncio.to_thread, tracing.close)
         metrics = await _serve_metrics(gateway, doors.metrics, stack)

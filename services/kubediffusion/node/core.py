@@ -259,7 +259,7 @@ class Node:
 
     def previewed(self, task: Task, step: int, image: tensor_pb2.TensorRef) -> None:
         if not task.ended:
-            self._metrics.previews.labels(task.assign.model).inc()
+            self._metrics.previews.labels(task.model).inc()
             preview = node_pb2.Preview(key=task.key, step=step, image=image)
             task.session.outbox.replace(
                 ("preview", *task.name), node_pb2.WorkEvent(preview=preview)
@@ -267,7 +267,7 @@ class Node:
 
     def checkpointed(self, task: Task, checkpoint: node_pb2.Checkpoint) -> None:
         if not task.ended:
-            self._metrics.checkpoints.labels(task.assign.model).inc()
+            self._metrics.checkpoints.labels(task.model).inc()
             taken = node_pb2.CheckpointTaken(key=task.key, checkpoint=checkpoint)
             task.session.outbox.replace(
                 ("checkpoint", *task.name), node_pb2.WorkEvent(checkpoint=taken)
@@ -291,7 +291,7 @@ class Node:
             return
         self._ended(task, "failed", error.message)
         word = node_pb2.FailureReason.Name(reason).removeprefix("FAILURE_REASON_")
-        self._metrics.failures.labels(task.assign.model, task.assign.stage, word).inc()
+        self._metrics.failures.labels(task.model, task.stage, word).inc()
         task.session.outbox.send(_failed(task.key, reason, error))
 
     def stopped(self, task: Task, checkpoint: node_pb2.Checkpoint | None) -> None:
@@ -315,7 +315,7 @@ class Node:
             )
             event = node_pb2.WorkEvent(declined=declined)
         else:
-            self._metrics.leases_yielded.labels(task.assign.model).inc()
+            self._metrics.leases_yielded.labels(task.model).inc()
             if checkpoint is None and task.assign.lease.HasField("resume"):
                 checkpoint = task.assign.lease.resume
             yielded = node_pb2.Yielded(key=task.key, checkpoint=checkpoint)
@@ -327,7 +327,7 @@ class Node:
         self._metrics.batch_size.labels(first.model, first.stage).observe(len(tasks))
 
     def preempted(self, task: Task) -> None:
-        self._metrics.leases_preempted.labels(task.assign.model).inc()
+        self._metrics.leases_preempted.labels(task.model).inc()
 
     def poisoned(self, message: str) -> None:
         self._on_poisoned(message)

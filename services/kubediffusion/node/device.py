@@ -158,13 +158,13 @@ class Device:
 
     def _take(self, task: Task) -> None:
         self._ready[task.sequence] = task
-        self._fair.enter(task.assign.tenant)
+        self._fair.enter(task.tenant)
         if task.stop is not None:
             self._stop(task)
 
     def _drop(self, task: Task) -> None:
         if self._ready.pop(task.sequence, None) is not None:
-            self._fair.leave(task.assign.tenant)
+            self._fair.leave(task.tenant)
         task.denoising = None
         task.fetched = {}
         if task in self.running:
@@ -193,7 +193,7 @@ class Device:
         if len(tasks) == 1:
             batch = tasks
         else:
-            entries = [task.entry(self._fair.of(task.assign.tenant)) for task in tasks]
+            entries = [task.entry(self._fair.of(task.tenant)) for task in tasks]
             batch = [tasks[i] for i in next_batch(entries, self._now(), self._limits)]
         self._switch_to(batch)
         if batch[0].is_lease:
@@ -236,7 +236,7 @@ class Device:
         begin = perf_counter()
         try:
             inputs = self._inputs(task)
-            result = task.resident.loaded.run(task.assign.stage, inputs, task.loras)
+            result = task.resident.loaded.run(task.stage, inputs, task.loras)
             task.run_seconds = perf_counter() - begin
             outputs = self._outputs(task, result)
             task.warnings = _warnings(result)
@@ -261,11 +261,11 @@ class Device:
         for port in task.assign.outputs:
             if port not in result:
                 raise InvalidInput(
-                    f"stage {task.assign.stage} has no output {port!r}; it has "
+                    f"stage {task.stage} has no output {port!r}; it has "
                     f"{', '.join(sorted(result))}",
                     field="outputs",
                 )
-            name = f"{task.assign.key.task}/{port}/{task.assign.key.epoch}"
+            name = f"{task.name[1]}/{port}/{task.key.epoch}"
             outputs[port] = ports.encode(self._store, task.scope, name, result[port])
         return outputs
 
@@ -384,7 +384,7 @@ class Device:
 
     def _charge(self, tasks: Sequence[Task], seconds: float) -> None:
         for task in tasks:
-            self._fair.charge(task.assign.tenant, seconds / len(tasks), task.weight)
+            self._fair.charge(task.tenant, seconds / len(tasks), task.weight)
 
     # ------------------------------------------------------------ trouble
 

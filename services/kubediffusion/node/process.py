@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kubediffusion import tensors
+from kubediffusion import heap, tensors
 from kubediffusion.errors import KubeDiffusionError
 from kubediffusion.node.config import NodeConfig, thread_count
 from kubediffusion.node.library import Library
@@ -48,7 +47,7 @@ def run_process(config: NodeConfig, library: Library | None = None) -> None:
         code = 1
     finally:
         # Loading froze what there is; bindings written in C++ would call that leaked, at length.
-        gc.unfreeze()
+        heap.unsettle()
     if code:
         sys.exit(code)
 

@@ -107,7 +107,7 @@ class Reporter:
 
     def observe(self, task: Task, outcome: str, error: str = "") -> None:
         """A task ended."""
-        metrics, child, labels = self._metrics, self._child, _labels(task)
+        metrics, child, labels = self._metrics, self._child, task.labels
         timing = task.timing()
         child(metrics.tasks, *labels, outcome).inc()
         self.count_steps(task)
@@ -122,14 +122,14 @@ class Reporter:
                 "run_seconds": timing.run_seconds,
             }
         self._tracing.record(
-            task.assign.stage,
+            task.stage,
             task.assign.traceparent,
             self._now() - task.arrival,
             error,
-            request_id=task.key.request_id,
-            task=task.key.task,
+            request_id=task.name[0],
+            task=task.name[1],
             epoch=task.key.epoch,
-            model=task.assign.model,
+            model=task.model,
             outcome=outcome,
             steps=timing.steps_run,
             **spent,
@@ -140,7 +140,7 @@ class Reporter:
         new = task.steps_run - task.counted
         if new > 0:
             task.counted += new
-            self._child(self._metrics.denoise_steps, task.assign.model).inc(new)
+            self._child(self._metrics.denoise_steps, task.model).inc(new)
 
     def count_measures(self, resident: Resident) -> None:
         """What a model has counted of itself since the last time: also before it goes."""
@@ -179,8 +179,8 @@ class Reporter:
 
     def _publish(self) -> None:
         metrics, report = self._metrics, self.load()
-        running = Counter(_labels(task) for task in self._device.running if not task.ended)
-        present = Counter(_labels(task) for task in self._node.tasks.values())
+        running = Counter(task.labels for task in self._device.running if not task.ended)
+        present = Counter(task.labels for task in self._node.tasks.values())
         known = self._residency.known_stages()
         for labels in known | set(present) | self._counted:
             metrics.tasks_queued.labels(*labels).set(present[labels] - running[labels])
@@ -193,7 +193,3 @@ class Reporter:
         metrics.tensor_held_bytes.set(self._store.stats().held_bytes)
         metrics.memory_limit_bytes.set(report.memory_limit)
         metrics.residency_generation.set(report.residency_generation)
-
-
-def _labels(task: Task) -> tuple[str, str]:
-    return (task.assign.model, task.assign.stage)

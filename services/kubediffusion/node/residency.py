@@ -8,7 +8,6 @@ Sources are fetched side by side; the device loads and unloads one model at a ti
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from time import perf_counter
 
 import torch
 
-from kubediffusion import tensors
+from kubediffusion import heap, tensors
 from kubediffusion.errors import (
     Conflict,
     InvalidInput,
@@ -59,10 +58,7 @@ class OldGeneration(Conflict):
 
 def _load(family: Family, spec: LoadSpec) -> Model:
     model = family.load(spec)
-    # Half a million objects of torch, diffusers and the model stay as they are: a full collection,
-    # which stops the loop and the device for as long as a small step takes, need not walk them.
-    gc.collect()
-    gc.freeze()
+    heap.settle()
     return model
 
 
@@ -401,9 +397,7 @@ class Residency:
     def _unload(resident: Resident) -> None:
         resident.loaded.unload()
         resident.hold(None)
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()
+        heap.resettle()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 

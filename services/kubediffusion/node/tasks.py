@@ -135,25 +135,31 @@ class Task:
     # When its gateway was last told of its progress.
     told: float = -inf
 
-    @property
-    def name(self) -> Name:
-        return (self.assign.key.request_id, self.assign.key.task)
+    # Of the assignment, read once: a message makes each text anew whenever it is asked for it.
+    key: node_pb2.TaskKey = field(init=False)
+    name: Name = field(init=False)
+    model: str = field(init=False)
+    stage: str = field(init=False)
+    tenant: str = field(init=False)
+    is_lease: bool = field(init=False)
+    scope: Scope = field(init=False)
+
+    def __post_init__(self) -> None:
+        assign, key = self.assign, self.assign.key
+        self.key = key
+        self.name = (key.request_id, key.task)
+        self.model, self.stage, self.tenant = assign.model, assign.stage, assign.tenant
+        self.is_lease = self.stage == "denoise"
+        self.scope = Scope(self.session.gateway_id, self.name[0])
 
     @property
-    def key(self) -> node_pb2.TaskKey:
-        return self.assign.key
-
-    @property
-    def scope(self) -> Scope:
-        return Scope(self.session.gateway_id, self.assign.key.request_id)
-
-    @property
-    def is_lease(self) -> bool:
-        return self.assign.stage == "denoise"
+    def labels(self) -> tuple[str, str]:
+        """Of its metrics."""
+        return (self.model, self.stage)
 
     @property
     def prefix(self) -> str:
-        return f"{self.assign.key.task}/{self.assign.key.epoch}"
+        return f"{self.name[1]}/{self.key.epoch}"
 
     def remaining_seconds(self) -> float:
         """The work that is left: the coordinator's estimate, or what the steps so far took."""
