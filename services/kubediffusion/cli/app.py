@@ -272,6 +272,35 @@ def models(
         show_models(address, as_json, api_key)
 
 
+@app.command()
+def profile(
+    file: WorkflowFile,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the files go.")
+    ] = Path("out/profile"),
+    prompt: Prompt = "a red circle above a blue square",
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="Repeatable; default: the workflow's own."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=64, help="Requests in one step. Repeatable; default 1, 2, 4."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each measurement: medians.")] = 5,
+    settings: Settings = None,
+    debug: Debug = False,
+) -> None:
+    """Measure a workflow's stages, loads and transfers on this machine, for `simulate`."""
+    with reporting(debug):
+        from kubediffusion.cli.inputs import Typed
+        from kubediffusion.cli.profile import Asked
+        from kubediffusion.cli.profile import profile as measure_and_write
+
+        typed = Typed(prompt, settings=settings or ())
+        measure_and_write(Asked(file, output, typed, size or (), batch or (1, 2, 4), rounds))
+
+
 revisions.register(app)
 shiva.register(app)
 simulate.register(app)

@@ -158,3 +158,22 @@ def _pid(announcement: Path) -> int | None:
         return json.loads(announcement.read_text())["pid"]
     except FileNotFoundError:
         return None
+
+
+def test_a_profile_of_live_nodes_is_what_the_simulator_reads(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "measured"
+    done = cli("profile", "-f", file, "-o", out, "--rounds", 1, "--batch", 2, "--set", "guidance=4")
+    assert done.returncode == 0, done.stderr
+    models = json.loads((out / "model_profiles.json").read_text())["models"]
+    by_role = {each["role"]: each for each in models.values()}
+    assert [run["batch"] for run in by_role["transformer"]["execution"]] == [2, 4]
+    assert all(run["seconds"] >= 0 for run in by_role["vae"]["execution"])
+    assert by_role["text_encoder"]["load"]["gpu_bytes"] > 0
+    transfers = json.loads((out / "transfer_profiles.json").read_text())
+    assert [row[0] for row in transfers["same_host"]] == [row[0] for row in transfers["cross_host"]]
+    simulated = cli(
+        *("simulate", "--profiles", out, "--setting", out / "setting.yaml"),
+        *("--trace", out / "trace.txt", "--rate", 0.5, "--json", tmp_path / "result.json"),
+    )
+    assert simulated.returncode == 0, simulated.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["attainment"] > 0
