@@ -32,6 +32,7 @@ class Options:
     image_urls: bool = True
     grpc_age: float = 120.0
     job_database: str = "sqlite://"
+    job_results: str = ""
     hooks: tuple[str, ...] = ()
     max_queue: int = 1024
     shutdown_delay: float = 5.0
@@ -99,6 +100,7 @@ def _flags(environ: Mapping[str, str]) -> Flags:
         "seconds until a gRPC client is to connect anew, perhaps to another gateway; 0: never",
     )
     add("job-database", str, plain.job_database, "an SQLAlchemy URL; in memory without one")
+    add("job-results", str, "", "file:// or s3:// for images of jobs; in the database without one")
     add("hooks", _words, "", "module:object of each hook, with commas between")
     add("max-queue", at_least(1, int), plain.max_queue, "images that may be under way at once")
     add(

@@ -84,6 +84,8 @@ class GatewayConfig:
     checkpoint_every: int = 5
     # An SQLAlchemy URL; jobs in memory end with the process.
     job_database: str = "sqlite://"
+    # Where images of jobs go, as a URL of fsspec; empty: into the database.
+    job_results: str = ""
     # "module:object" of each hook, in the order they are applied.
     hooks: tuple[str, ...] = ()
     worker_threads: int = 2

@@ -50,7 +50,9 @@ class Gateway:
         self.fleet = Fleet(self.config.gateway_id, self.config.nodes, now, self.profiles)
         self.workflows: dict[str, wf.ResolvedWorkflow] = {}
         self.flights: set[Flight] = set()
-        self.jobs = Jobs(self, self.config.job_database, self.config.jobs)
+        self.jobs = Jobs(
+            self, self.config.job_database, self.config.jobs, results=self.config.job_results
+        )
         self.measures = Measures(self)
         self._now = now
         self._since = now()

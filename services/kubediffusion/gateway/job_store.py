@@ -75,6 +75,15 @@ class End:
     reason: str = ""
     message: str = ""
     images: Sequence[gateway_pb2.Image] = ()
+    # Where the images' bytes are, if they are not to be in the database.
+    names: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FoundJob:
+    job: gateway_pb2.Job
+    # Of each of its images: where its bytes are, or "" where they are in it.
+    names: Sequence[str]
 
 
 class JobStore:
@@ -246,20 +255,24 @@ class JobStore:
     def finish(self, lease: Lease, end: End, progress: tuple[int, int] = (0, 0)) -> bool:
         """The end of a job, with its images, in one transaction; whether that was still the
         lease's to write."""
-        blobs = [image.SerializeToString() for image in end.images]
+        names = end.names or [""] * len(end.images)
+        nbytes = sum(image.ByteSize() for image in end.images)
+        blobs = [
+            _without_bytes(image) if name else image.SerializeToString()
+            for image, name in zip(end.images, names, strict=True)
+        ]
         step, total = progress
         with self._engine.begin() as db:
             written = db.execute(
                 jobs.update()
                 .where(_held(lease))
-                .values(
-                    **_ended(end), image_bytes=sum(map(len, blobs)), step=step, total_steps=total
-                )
+                .values(**_ended(end), image_bytes=nbytes, step=step, total_steps=total)
             )
             if not written.rowcount:
                 return False
-            for number, blob in enumerate(blobs):
-                db.execute(images.insert().values(job=lease.job, number=number, image=blob))
+            for number, (blob, name) in enumerate(zip(blobs, names, strict=True)):
+                values = {"job": lease.job, "number": number, "image": blob, "name": name}
+                db.execute(images.insert().values(values))
             db.execute(checkpoints.delete().where(checkpoints.c.job == lease.job))
         return True
 
@@ -276,8 +289,9 @@ class JobStore:
             if ended.rowcount:
                 db.execute(checkpoints.delete().where(checkpoints.c.job == job_id))
 
-    def make_room(self, now: float) -> None:
-        """Drops ended jobs, oldest first, that are too old, too many or too large together."""
+    def make_room(self, now: float) -> list[str]:
+        """Drops ended jobs, oldest first, that are too old, too many or too large together; those
+        of them whose images are elsewhere."""
         limits = self._limits
         query = (
             sa.select(jobs.c.id, jobs.c.ended, jobs.c.image_bytes)
@@ -291,9 +305,12 @@ class JobStore:
                 too_old = row.ended is not None and row.ended < now - limits.seconds
                 if too_old or kept > limits.count or nbytes > limits.image_bytes:
                     old.append(row.id)
+            elsewhere = sa.select(images.c.job).where(images.c.job.in_(old), images.c.name != "")
+            named = sorted(set(db.execute(elsewhere).scalars()))
             for job_id in old:
                 db.execute(images.delete().where(images.c.job == job_id))
                 db.execute(jobs.delete().where(jobs.c.id == job_id))
+        return named
 
     # ------------------------------------------------------------ looking
 
@@ -303,7 +320,7 @@ class JobStore:
         with self._engine.connect() as db:
             return {row[0]: row[1] for row in db.execute(query)}
 
-    def get(self, job_id: str, tenant: str | None = None) -> gateway_pb2.Job | None:
+    def get(self, job_id: str, tenant: str | None = None) -> FoundJob | None:
         """With its images; of that tenant, if one is named."""
         query = jobs.select().where(jobs.c.id == job_id)
         if tenant is not None:
@@ -313,10 +330,10 @@ class JobStore:
             if row is None:
                 return None
             job = _to_job(row)
-            found = images.select().where(images.c.job == job_id).order_by(images.c.number)
-            for image in db.execute(found):
-                job.images.append(gateway_pb2.Image.FromString(image.image))
-        return job
+            query = images.select().where(images.c.job == job_id).order_by(images.c.number)
+            found = db.execute(query).all()
+        job.images.extend(gateway_pb2.Image.FromString(image.image) for image in found)
+        return FoundJob(job, [image.name for image in found])
 
     def page(
         self,
@@ -340,6 +357,13 @@ class JobStore:
             rows = db.execute(query).all()
         more = rows[size - 1].serial if len(rows) > size else None
         return [_to_job(row) for row in rows[:size]], more
+
+
+def _without_bytes(image: gateway_pb2.Image) -> bytes:
+    rest = gateway_pb2.Image()
+    rest.CopyFrom(image)
+    rest.ClearField("png")
+    return rest.SerializeToString()
 
 
 def _free(now: float) -> sa.ColumnElement[bool]:

@@ -77,6 +77,8 @@ images = sa.Table(
     sa.Column("job", sa.String(64), primary_key=True),
     sa.Column("number", sa.Integer, primary_key=True),
     sa.Column("image", sa.LargeBinary, nullable=False),
+    # Where its bytes are, if not in `image` (see `job_results`).
+    sa.Column("name", sa.String(255), nullable=False, server_default=""),
 )
 checkpoints = sa.Table(
     "job_checkpoints",
@@ -114,12 +116,13 @@ def open_engine(url: str) -> sa.Engine:
 
 def _make(engine: sa.Engine) -> None:
     metadata.create_all(engine)
-    there = {column["name"] for column in sa.inspect(engine).get_columns(jobs.name)}
-    for column in jobs.columns:
-        if column.name not in there:
-            definition = sa.schema.CreateColumn(column).compile(dialect=engine.dialect)
-            with engine.begin() as db:
-                db.execute(sa.DDL(f"ALTER TABLE {jobs.name} ADD COLUMN {definition}"))
+    for table in (jobs, images):
+        there = {column["name"] for column in sa.inspect(engine).get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                definition = sa.schema.CreateColumn(column).compile(dialect=engine.dialect)
+                with engine.begin() as db:
+                    db.execute(sa.DDL(f"ALTER TABLE {table.name} ADD COLUMN {definition}"))
     for index in jobs.indexes:
         try:
             index.create(engine, checkfirst=True)

@@ -16,6 +16,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 from kubediffusion.errors import (
     Cancelled,
@@ -29,6 +30,7 @@ from kubediffusion.errors import (
 )
 from kubediffusion.gateway.config import JobLimits
 from kubediffusion.gateway.job_database import GOING, JobDatabase
+from kubediffusion.gateway.job_results import JobResults
 from kubediffusion.gateway.job_runs import Generates, JobCheckpoints, JobRun
 from kubediffusion.gateway.job_store import End, NewJob, TakenJob
 from kubediffusion.gateway.job_tables import ENDED
@@ -55,13 +57,17 @@ class Jobs:
         limits: JobLimits,
         wall_clock: Callable[[], float] = time.time,
         draw: Callable[[], float] = random.random,
+        results: str = "",
     ) -> None:
-        """`draw` gives random numbers from 0 up to 1, so that gateways do not beat in step."""
+        """`results`: where images go (see `job_results`), empty for the database. `draw` gives
+        random numbers from 0 up to 1, so that gateways do not beat in step."""
         self._gateway = gateway
         self._limits = limits
         self._clock = wall_clock
         self._draw = draw
         self._database = JobDatabase(database, limits)
+        self._results_url = results
+        self._results: JobResults | None = None
         self._owner = uuid.uuid4().hex
         self._active: dict[str, JobRun] = {}
         self._counts: dict[int, int] = {}
@@ -73,6 +79,8 @@ class Jobs:
 
     async def start(self) -> None:
         """Opens the database and takes what earlier gateways left in it."""
+        if self._results_url:
+            self._results = await asyncio.to_thread(JobResults, self._results_url)
         await self._database.open()
         await self._take()
         self._beating = asyncio.create_task(self._beat_on(), name="jobs")
@@ -164,12 +172,24 @@ class Jobs:
     async def get(self, job_id: str, tenant: str | None = None) -> gateway_pb2.Job:
         """With its images. Raises NotFound, also where it is another tenant's than the one named:
         whose it is, and that it is, is nobody else's business."""
-        job = await self._database.do(lambda store: store.get(job_id, tenant))
-        if job is None:
+        found = await self._database.do(lambda store: store.get(job_id, tenant))
+        if found is None:
             raise NotFound(
                 f"there is no job {job_id!r}: the id is wrong, or it ended long ago", field="id"
             )
-        return self._with_progress(job)
+        for image, name in zip(found.job.images, found.names, strict=True):
+            if name:
+                image.png = await asyncio.to_thread(self._elsewhere().read, name)
+        return self._with_progress(found.job)
+
+    def _elsewhere(self) -> JobResults:
+        if self._results is None:
+            raise Unavailable(
+                "the job's images are in job results that this gateway was not told of; set "
+                "job_results as for the gateway that drew them",
+                reason="JobResults",
+            )
+        return self._results
 
     async def list(self, request: gateway_pb2.ListRequest) -> gateway_pb2.ListResponse:
         """Youngest first, without images."""
@@ -246,7 +266,7 @@ class Jobs:
         await self._take()
         self._beats += 1
         if self._beats % TIDY_BEATS == 0:
-            await self._database.do(lambda store: store.make_room(now))
+            await self._make_room(now)
         await self._count()
 
     async def _count(self) -> None:
@@ -344,11 +364,21 @@ class Jobs:
         )
 
     async def _finish(self, run: JobRun, end: End) -> None:
-        lease, progress = run.job.lease, run.progress
+        lease, progress, results = run.job.lease, run.progress, self._results
+        if results is not None and end.images:
+            names = await asyncio.to_thread(results.write, lease.job, lease.epoch, end.images)
+            end = replace(end, names=names)
         if await self._database.do(lambda store: store.finish(lease, end, progress)):
-            await self._database.do(lambda store: store.make_room(end.ended))
-        else:
-            log.warning("job %s ended here, but another gateway had taken it over", lease.job)
+            await self._make_room(end.ended)
+            return
+        log.warning("job %s ended here, but another gateway had taken it over", lease.job)
+        if results is not None:
+            await asyncio.to_thread(results.remove, lease.job, lease.epoch)
+
+    async def _make_room(self, now: float) -> None:
+        gone = await self._database.do(lambda store: store.make_room(now))
+        for job in gone if self._results is not None else ():
+            await asyncio.to_thread(self._elsewhere().remove, job)
 
     def _with_progress(self, job: gateway_pb2.Job) -> gateway_pb2.Job:
         run = self._active.get(job.id)

@@ -45,6 +45,7 @@ EVERYTHING: Object = {
         "apiKeys": {"keys": ["first-key", "second-key"]},
         "publicUrl": "https://images.example.com",
         "jobDatabase": {"secretName": "jobs"},
+        "jobResults": {"url": "s3://pictures/jobs"},
         "service": {"type": "LoadBalancer", "sessionAffinity": "ClientIP"},
         "ingress": {
             "enabled": True,
