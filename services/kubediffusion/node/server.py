@@ -87,6 +87,7 @@ class NodeServer:
             device_name=config.device,
             memory_limit=config.memory_limit,
             compile_cache=compile_cache(config),
+            drain_seconds=config.drain_seconds,
             now=now,
             on_change=self._changed,
         )
@@ -152,7 +153,8 @@ class NodeServer:
         return f"{self.config.metrics_host}:{self._metrics_server.port}"
 
     async def drain(self) -> None:
-        """Gives every task back or ends it; serves tensors until released, or time is up.
+        """Gives every task back or ends it; serves tensors until released, and what gateways need
+        until they do not, or time is up.
 
         Ends at once where the device breaks: what is on it will never be given back.
         """
@@ -175,7 +177,7 @@ class NodeServer:
 
     async def _give_back(self) -> None:
         await self.node.drain()
-        await self.node.released()
+        await self.node.forsaken()
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
         """Ends every call, frees everything. Safe to call again."""
