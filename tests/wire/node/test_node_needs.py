@@ -1,6 +1,6 @@
 # Copyright 2026 The KubeDiffusion Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Gateways say which models their requests will still come for, and a node that goes stays so long."""
+"""Gateways say which models their requests will still come for; a node that goes stays for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import itertools
 from puppets import MODELS, WAIT, Gateway, Rig
 
 from kubediffusion.v1alpha1 import node_pb2
-
 
 _serial = itertools.count()
 
