@@ -13,7 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kubediffusion import rpc
-from kubediffusion.errors import Internal, InvalidInput, KubeDiffusionError, Unavailable
+from kubediffusion.errors import (
+    Internal,
+    InvalidInput,
+    KubeDiffusionError,
+    NotFound,
+    Unavailable,
+)
 from kubediffusion.gateway.attempts import Attempt, RunListener, TaskRun, TaskStatus
 from kubediffusion.gateway.config import GatewayConfig
 from kubediffusion.gateway.connections import NodeConnection
@@ -136,13 +142,18 @@ class ImageRun:
             self._assign(task, node, placement)
         elif (error := self._abandoned(task)) is None:
             self._hold(task)
-        # Its models go, and what waits would do so for nothing. What has begun may end.
-        elif (waited and not self._listener.has_begun) or not self._assign_leaving(task, wanted):
+        elif not self._may_end(error, waited) or not self._assign_leaving(task, wanted):
             self._fail(error)
 
     def _abandoned(self, task: TaskRun) -> KubeDiffusionError | None:
         planned = task.planned
         return self._fleet.abandoned(planned.template.workflow, planned.models)
+
+    def _may_end(self, error: KubeDiffusionError, waited: bool) -> bool:
+        """Whether it goes on though its models go. Who waits would do so for nothing; and who was
+        served a revision that is gone is served the next one sooner."""
+        deleted = isinstance(error, NotFound)
+        return deleted and (self._listener.has_begun or not waited)
 
     def _assign_leaving(self, task: TaskRun, wanted: PlacementTask) -> bool:
         """Whether a node that is going can have it."""

@@ -262,6 +262,7 @@ class Gateway:
         if (models := self._outdated.pop(flight, None)) is not None:
             self._needed -= Counter(models)
             self.fleet.need(frozenset(self._needed))
+        flight.order = None  # and what was uploaded with it
         self._in_flight -= flight.admitted
         if flight.request.idempotency_key:
             self._results.ended(flight)

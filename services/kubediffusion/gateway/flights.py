@@ -139,7 +139,7 @@ class Flight:
         self.error: KubeDiffusionError | None = None
         self.ended = False
         self.runs: list[ImageRun] = []
-        # What it was asked to do, once that is known.
+        # What it was asked to do, from when that is known until its end.
         self.order: Order | None = None
         self.nbytes = 0
         self.since = now()

@@ -159,8 +159,8 @@ class Residency:
 
     @property
     def needed(self) -> bool:
-        """Whether some gateway needs one of the models here."""
-        return any(self.needs.count(identity) for identity in self._residents)
+        """Whether some gateway needs a model that is here."""
+        return any(self.needs.count(identity) for identity in self.ready)
 
     def ready_model(self, identity: str) -> Resident | None:
         resident = self._residents.get(identity)

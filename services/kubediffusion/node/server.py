@@ -303,8 +303,18 @@ def announce(path: Path, address: str, metrics: str) -> None:
 
 
 def read_plan(path: Path) -> node_pb2.SetResidencyRequest:
-    """A SetResidencyRequest in protobuf's JSON. Raises InvalidInput."""
+    """A SetResidencyRequest in protobuf's JSON, without what only a newer planner knows, of which a
+    warning tells. Raises InvalidInput."""
     try:
-        return json_format.Parse(path.read_text(), node_pb2.SetResidencyRequest())
+        text = path.read_text()
+        try:
+            return json_format.Parse(text, node_pb2.SetResidencyRequest())
+        except json_format.ParseError as error:
+            # As gRPC does with what a planner sends.
+            known = json_format.Parse(
+                text, node_pb2.SetResidencyRequest(), ignore_unknown_fields=True
+            )
+            log.warning("%s: going on without what is not known here: %s", path, error)
+            return known
     except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
         raise InvalidInput(f"{path}: {error}", field="residency") from error

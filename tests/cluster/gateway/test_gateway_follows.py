@@ -336,6 +336,28 @@ class Asking:
         return self
 
 
+def test_nodes_hear_what_requests_of_the_revision_before_will_come_for(
+    kube: Kube, node: StartNode, gateway: StartGateway
+) -> None:
+    """Those of the last stage have no task of it yet."""
+    old = node("old", ONE.resolved, step_seconds=0.1)
+    ONE.publish(kube)
+    publish_slice(kube, "sd3", [old.ready()])
+    door = gateway().ready().grpc
+    with Client(door) as client:
+        until(lambda: all(each.ready for each in client.workflows()), "its models are known")
+    asking = Asking(door, steps=30)
+    until(lambda: asking.steps, "it draws")
+    assert old.needed() == set()
+    TWO.keep(kube, 2)
+    TWO.serve(kube)
+    everything = {ref.identity for ref in ONE.resolved.models.values()}
+    until(lambda: old.needed() == everything, "the node knows")
+    assert not asking.pictures
+    assert asking.end().pictures == 1
+    until(lambda: not old.needed(), "it knows that it has ended")
+
+
 def test_what_draws_ends_though_its_workflow_is_deleted_and_its_nodes_go(
     kube: Kube, node: StartNode, gateway: StartGateway
 ) -> None:

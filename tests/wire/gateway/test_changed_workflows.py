@@ -32,7 +32,7 @@ from kubediffusion.v1alpha1 import gateway_pb2, node_pb2
 from kubediffusion.workflow import ResolvedWorkflow
 
 
-async def error_of(asked: asyncio.Task[Any]) -> Exception:
+async def error_of(asked: asyncio.Task[Any]) -> KubeDiffusionError:
     with pytest.raises(KubeDiffusionError) as caught:
         await asyncio.wait_for(asked, 20)  # and not after the activation timeout of 300 s
     return caught.value
@@ -267,6 +267,22 @@ async def test_all_images_of_a_request_of_which_one_has_begun_end(tmp_path: Path
         node.send(declined=declined(lease, DRAINING).declined)
         held.go.set()
         assert pixels(images(await asyncio.wait_for(asked, 60))) == expected
+
+
+async def test_who_can_have_the_next_revision_is_not_kept_waiting(tmp_path: Path) -> None:
+    """The models that go make room for it."""
+    held = Held()
+    sd3 = workflow()
+    node = one_node(tmp_path, script=held)
+    async with gateway_over([node]) as gateway:
+        asked = await begun(gateway, held)
+        gateway.set_workflows({"sd3": with_another("transformer", sd3)})
+        lease = next(each for each in node.assigned if each.stage == "denoise")
+        node.report(draining=True)
+        node.send(yielded=node_pb2.Yielded(key=lease.key))
+        error = await error_of(asked)
+        assert (type(error), error.reason) == (Unavailable, "RevisionGone")
+        await node.until(lambda: node.needed[-1] == set())
 
 
 async def test_a_node_of_an_older_version_stays_for_nobody(tmp_path: Path) -> None:
