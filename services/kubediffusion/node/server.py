@@ -42,6 +42,8 @@ SERVICE = node_pb2.DESCRIPTOR.services_by_name["ModelNode"].full_name
 # it is readiness: every planned model is there or has failed, and the node takes tasks.
 LIVENESS = "liveness"
 TICK_SECONDS = 1.0
+# Gateways may learn a moment after this node that their workflow is gone, and that they need it.
+HEAR_SECONDS = 1.0
 # Once drained, gateways get so long to end the calls they have open.
 GRACE_SECONDS = 1.0
 
@@ -176,7 +178,8 @@ class NodeServer:
             log.info("node %s is drained", self.config.node_id)
 
     async def _give_back(self) -> None:
-        await self.node.drain()
+        hearing = asyncio.sleep(HEAR_SECONDS if self.node.sessions else 0.0)
+        await asyncio.gather(self.node.drain(), hearing)
         await self.node.forsaken()
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:

@@ -194,6 +194,34 @@ async def test_a_request_that_has_begun_ends_on_nodes_that_are_going(tmp_path: P
         assert_empty(gateway)
 
 
+async def test_a_gateway_that_hears_late_finds_the_nodes_still_there(tmp_path: Path) -> None:
+    """The lease came back first, and waits for another node; then there is to be none."""
+    expected = pixels(await undisturbed(tmp_path))
+    held = Held()
+    node = one_node(tmp_path, script=held)
+    async with gateway_over([node]) as gateway:
+        waits = asyncio.Event()
+
+        async def draw() -> list[gateway_pb2.GenerateEvent]:
+            found: list[gateway_pb2.GenerateEvent] = []
+            async for event in gateway.generate(request()):
+                found.append(event)
+                if event.queued.cold:
+                    waits.set()
+            return found
+
+        asked = asyncio.create_task(draw())
+        await asyncio.wait_for(held.reached.wait(), 60)
+        lease = next(each for each in node.assigned if each.stage == "denoise")
+        waits.clear()  # it did so before it knew of the node
+        held.stage = ""
+        node.report(draining=True)
+        node.send(yielded=node_pb2.Yielded(key=lease.key))
+        await asyncio.wait_for(waits.wait(), 60)
+        gateway.set_workflows({})
+        assert pixels(images(await asyncio.wait_for(asked, 60))) == expected
+
+
 async def test_a_request_goes_on_over_nodes_that_are_off_the_list(tmp_path: Path) -> None:
     """One that waits for nothing: at its text encoder, and the next nodes have nothing to do."""
     expected = pixels(await undisturbed(tmp_path))
@@ -282,7 +310,7 @@ async def test_who_can_have_the_next_revision_is_not_kept_waiting(tmp_path: Path
         node.send(yielded=node_pb2.Yielded(key=lease.key))
         error = await error_of(asked)
         assert (type(error), error.reason) == (Unavailable, "RevisionGone")
-        await node.until(lambda: node.needed[-1] == set())
+        await node.until(lambda: node.needed[-1:] == [set()])
 
 
 async def test_a_node_of_an_older_version_stays_for_nobody(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 
+import pytest
 from puppets import MODELS, WAIT, Gateway, Rig
 
+from kubediffusion.node import server
 from kubediffusion.v1alpha1 import node_pb2
 
 _serial = itertools.count()
@@ -104,6 +106,30 @@ async def test_a_draining_node_with_nothing_to_do_stays_while_it_is_needed(rig: 
     await need(gateway, "of-another-node")
     async with asyncio.timeout(WAIT):
         await drain
+
+
+async def test_a_gateway_may_hear_later_than_the_node_that_all_goes(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "HEAR_SECONDS", 5.0)
+    gateway = await rig.gateway()
+    drain = asyncio.create_task(rig.server.drain())
+    await gateway.load(lambda load: load.draining)
+    await need(gateway, "vae")
+    await gateway.assign("r1", model="vae", stage="decode")
+    await gateway.event("done", "r1")
+    assert not drain.done()
+    await need(gateway)
+    async with asyncio.timeout(WAIT):
+        await drain
+
+
+async def test_a_node_without_gateways_waits_for_nobody(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "HEAR_SECONDS", WAIT * 2)
+    async with asyncio.timeout(WAIT):
+        await rig.server.drain()
 
 
 async def test_a_gateway_that_vanishes_holds_no_node(rig: Rig) -> None:
