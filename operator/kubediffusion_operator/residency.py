@@ -206,6 +206,7 @@ def _report(
                 nbytes=model.nbytes,
                 digest=model.digest,
                 tasks=model.tasks if model.HasField("tasks") else None,
+                needed=model.needed_by > 0,
                 loras=loras.get(model.identity, frozenset()),
             )
             for model in answer.models

@@ -4,8 +4,9 @@
 
 A gateway ends a request with the revision that it began with. So a revision's own models stay when
 another one takes over, and its LoRAs stay declared on the models that both share. They go when
-their drain time has passed and their nodes say that no task uses them; at the latest after
-`MOST_SECONDS`, should a node never say so.
+their drain time has passed and their nodes say that nobody uses them: no task, and no gateway for
+a request that has yet to come to them. At the latest after `MOST_SECONDS`, should a node never say
+so.
 """
 
 from __future__ import annotations
@@ -124,14 +125,15 @@ def loras_of(known: Known) -> frozenset[tuple[str, LoraKey]]:
 
 
 def is_idle(found: Standing, since: str, least: float) -> bool:
-    """All its nodes said, after the gateways knew of the change, that no task uses it. A node of an
-    older version does not say; then the time has to do."""
+    """All its nodes said, after the gateways knew of the change, that no task uses it, and that no
+    gateway needs it for one that is to come. A node or a gateway of an older version does not say;
+    then the time has to do."""
     for _, report in found.nodes:
         if report is None or report.error or not report.answered:
             return False
         if seconds(report.answered) < seconds(since) + least:
             return False
-        if any(said.tasks for said in report.models if said.identity == found.name):
+        if any(s.tasks or s.needed for s in report.models if s.identity == found.name):
             return False
     return True
 

@@ -69,7 +69,12 @@ def own_content(
     names = {name_of(helper) for helper in helpers}
     failed = any(said.identity in names and said.state == "FAILED" for said in _all(reports))
     left = RETRY_SECONDS - seconds_between(since, now) if failed else None
-    same = before.get("models") == models and before.get("planner") == PLANNER
+    # With anything more in it, it is a newer operator's.
+    same = before == {
+        "generation": before.get("generation"),
+        "planner": PLANNER,
+        "models": models,
+    }
     if same and told >= seen and (left is None or left > 0):
         return Told(before, since if helpers else "", left)
     generation = max(generation_of(model), told + 1 if told else 0, seen + 1 if seen else 0)

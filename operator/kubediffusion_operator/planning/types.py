@@ -71,6 +71,8 @@ class ModelReport:
     digest: str = ""
     # Tasks there that use it; None where the node does not say.
     tasks: int | None = None
+    # Some gateway has requests that will still come for it.
+    needed: bool = False
     # Of the plan that was answered: what requests may name of this model.
     loras: frozenset[LoraKey] = frozenset()
 

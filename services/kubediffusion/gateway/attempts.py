@@ -98,6 +98,7 @@ class Attempt:
     __slots__ = (
         "epoch",
         "expected_seconds",
+        "leaving",
         "node",
         "request_id",
         "run",
@@ -122,6 +123,8 @@ class Attempt:
         self.task_name = task.planned.name
         self.epoch = task.epoch
         self.expected_seconds = placement.run_seconds
+        # It was known that the node is going.
+        self.leaving = node.leaving
         self.since = since
         self.started = False
 
@@ -136,6 +139,11 @@ class Attempt:
 
 class RunListener(Protocol):
     """Who wants to know what becomes of an image."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether steps were done for any image of its request."""
+        ...
 
     def started(self, run: ImageRun, stage: str, node: str) -> None: ...
 

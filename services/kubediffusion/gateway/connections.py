@@ -53,6 +53,9 @@ class Assignment(Protocol):
 
 
 class FleetListener(Protocol):
+    # Models that nodes are told with each renewal to stay for.
+    needed: frozenset[str]
+
     def described(self, connection: NodeConnection, models: list[node_pb2.ModelStatus]) -> None:
         """A node told of its models."""
 
@@ -115,6 +118,11 @@ class NodeConnection:
         return self._state
 
     @property
+    def leaving(self) -> bool:
+        """It takes only what has no other place."""
+        return self._draining or self.retiring
+
+    @property
     def node_id(self) -> str:
         return self.description.node_id if self.description is not None else self.address
 
@@ -158,7 +166,7 @@ class NodeConnection:
             ),
             memory_used=load.memory_used,
             memory_limit=load.memory_limit,
-            draining=self._draining or self.retiring,
+            draining=self.leaving,
             suspect=self._now() - self._last_heard > self._limits.suspect,
             full_until=self._full.until,
             last_placed=self.last_placed,
@@ -195,6 +203,11 @@ class NodeConnection:
     def cancel(self, request_id: str) -> None:
         if self._up:
             self._outbox.send(node_pb2.WorkRequest(cancel=node_pb2.Cancel(request_id=request_id)))
+
+    def renew(self) -> None:
+        """We live, and will come back for these; nothing is sent while there is no stream."""
+        renew = node_pb2.Renew(needed_models=sorted(self._listener.needed))
+        self._outbox.send(node_pb2.WorkRequest(renew=renew))
 
     def release(self, request_id: str) -> None:
         """Free what a request left there: told now or, while the node is away, on its return."""
@@ -244,7 +257,14 @@ class NodeConnection:
         return True
 
     def _end_soon(self) -> None:
-        self._timers.after("retired", self._limits.lease, self._break_stream)
+        self._timers.after("retired", self._limits.lease, self._end)
+
+    def _end(self) -> None:
+        """Not while a request is there, or will still come for what it has."""
+        if self._assigned or self._listener.needed & self._ready:
+            self._end_soon()
+        else:
+            self._break_stream()
 
     async def stop(self) -> None:
         await self._outbox.drained(1.0)
@@ -325,10 +345,12 @@ class NodeConnection:
         self._full.clear()
         self._expected = 0.0
         self._outbox.open()
+        if self._listener.needed:
+            self.renew()
         self._set_description(welcome.node)
         if welcome.node.HasField("load"):
             self._set_load(welcome.node.load)
-        self._timers.every("renew", self._limits.lease / 3, self._renew)
+        self._timers.every("renew", self._limits.lease / 3, self.renew)
         self._timers.every("silence", min(1.0, self._limits.suspect / 2), self._check_silence)
         self._listener.changed()
 
@@ -426,9 +448,6 @@ class NodeConnection:
             self._listener.changed()
 
     # ------------------------------------------------------------ timers
-
-    def _renew(self) -> None:
-        self._outbox.send(node_pb2.WorkRequest(renew=node_pb2.Renew()))
 
     def _check_silence(self) -> None:
         self._state = None  # `suspect` depends on the time

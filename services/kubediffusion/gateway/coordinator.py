@@ -13,7 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kubediffusion import rpc
-from kubediffusion.errors import Internal, InvalidInput, KubeDiffusionError, Unavailable
+from kubediffusion.errors import (
+    Internal,
+    InvalidInput,
+    KubeDiffusionError,
+    NotFound,
+    Unavailable,
+)
 from kubediffusion.gateway.attempts import Attempt, RunListener, TaskRun, TaskStatus
 from kubediffusion.gateway.config import GatewayConfig
 from kubediffusion.gateway.connections import NodeConnection
@@ -21,7 +27,7 @@ from kubediffusion.gateway.dispatch import assign_message, bytes_to_pull, placem
 from kubediffusion.gateway.nodes import Fleet
 from kubediffusion.gateway.plan import ImagePlan
 from kubediffusion.gateway.timers import Timers
-from kubediffusion.scheduling.placement import Placement
+from kubediffusion.scheduling.placement import Placement, PlacementTask
 from kubediffusion.tensors import stored
 from kubediffusion.v1alpha1 import gateway_pb2, node_pb2
 
@@ -67,6 +73,15 @@ class ImageRun:
         return self._waits and any(
             task.status is TaskStatus.HELD and self._fleet.missing(task.planned.models)
             for task in self.tasks.values()
+        )
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether steps were done for it."""
+        return any(
+            task.step > 0 or task.checkpoint is not None or task.status is TaskStatus.DONE
+            for task in self.tasks.values()
+            if task.planned.steps
         )
 
     @property
@@ -116,15 +131,37 @@ class ImageRun:
         """Places a task, or whatever has to run before it, or holds it."""
         if self.closed or task.status in (TaskStatus.ASSIGNED, TaskStatus.DONE):
             return
+        waited = task.epoch > 0 or task.status is TaskStatus.HELD
         task.status = TaskStatus.WAITING
         if not self._inputs_ready(task):
             return
-        placement = self._fleet.place(placement_task(task, self.tasks))
+        wanted = placement_task(task, self.tasks)
+        placement = self._fleet.place(wanted)
         node = None if placement is None else self._fleet.connections.get(placement.address)
-        if placement is None or node is None or not placement.ready:
+        if placement is not None and node is not None and placement.ready:
+            self._assign(task, node, placement)
+        elif (error := self._abandoned(task)) is None:
             self._hold(task)
-            return
-        self._assign(task, node, placement)
+        elif not self._may_end(error, waited) or not self._assign_leaving(task, wanted):
+            self._fail(error)
+
+    def _abandoned(self, task: TaskRun) -> KubeDiffusionError | None:
+        planned = task.planned
+        return self._fleet.abandoned(planned.template.workflow, planned.models)
+
+    def _may_end(self, error: KubeDiffusionError, waited: bool) -> bool:
+        """Whether it goes on though its models go. Who waits would do so for nothing; and who was
+        served a revision that is gone is served the next one sooner."""
+        deleted = isinstance(error, NotFound)
+        return deleted and (self._listener.has_begun or not waited)
+
+    def _assign_leaving(self, task: TaskRun, wanted: PlacementTask) -> bool:
+        """Whether a node that is going can have it."""
+        found = self._fleet.place_leaving(wanted)
+        if found is None:
+            return False
+        self._assign(task, *found)
+        return True
 
     def _inputs_ready(self, task: TaskRun) -> bool:
         """Sends producers whose outputs went with their node to run again."""
@@ -156,11 +193,6 @@ class ImageRun:
 
     def _hold(self, task: TaskRun) -> None:
         task.status = TaskStatus.HELD
-        planned = task.planned
-        error = self._fleet.abandoned(planned.template.workflow, planned.models)
-        if error is not None:
-            self._fail(error)
-            return
         if self._waits:
             return
         self._waits = True
@@ -274,6 +306,9 @@ class ImageRun:
         """Another node, now; a refusal that says nothing of the task is not held against it."""
         reason = body.reason
         attempt.node.declined(attempt.task.planned.model, reason)
+        if reason == node_pb2.DECLINE_REASON_DRAINING and attempt.leaving and not attempt.started:
+            # A node of an older version: it stays for nobody.
+            attempt.task.failed_on |= {attempt.node.address}
         if reason in _ELSEWHERE:
             self._leave(attempt)
             attempt.task.attempts -= 1
@@ -311,7 +346,8 @@ class ImageRun:
         task = attempt.task
         self._keep_checkpoint(task, body.checkpoint)
         self._leave(attempt)
-        attempt.node.declined(task.planned.model, node_pb2.DECLINE_REASON_NOT_RESIDENT)
+        if not attempt.node.leaving:
+            attempt.node.declined(task.planned.model, node_pb2.DECLINE_REASON_NOT_RESIDENT)
         self._listener.resumed(self, task, "Yielded")
         self._dispatch(task)
 

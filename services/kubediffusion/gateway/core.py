@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -63,6 +64,9 @@ class Gateway:
         # Why it cannot be known yet which workflows there are; empty as soon as it is.
         self.unsynced = ""
         self._in_flight = 0
+        # What requests of workflows that have changed since, or are gone, will still use.
+        self._outdated: dict[Flight, frozenset[str]] = {}
+        self._needed: Counter[str] = Counter()
         self._stopping = False
         self._idle: asyncio.Future[None] | None = None
 
@@ -101,12 +105,23 @@ class Gateway:
         """The workflows to serve from now on; requests under way end with what they began with.
 
         `draining` are models that stay for these. One that needs a model which is not there and
-        which nobody keeps, because its workflow was deleted, say, fails at once.
+        which nobody keeps, because its workflow was deleted, say, fails at once; but what has begun
+        ends on nodes that are going.
         """
         self.workflows = dict(workflows)
+        self._outdated = {
+            flight: planning.models_needed(flight.order)
+            for flight in self.flights
+            if flight.order is not None and self._is_outdated(flight.order)
+        }
+        self._needed = Counter(model for each in self._outdated.values() for model in each)
+        self.fleet.need(frozenset(self._needed))
         models = {ref.identity for each in workflows.values() for ref in each.models.values()}
         self.fleet.forget_models(frozenset(models))
         self.fleet.keep(frozenset(workflows), frozenset(models) | frozenset(draining))
+
+    def _is_outdated(self, order: planning.Order) -> bool:
+        return self.workflows.get(order.workflow.name) != order.workflow
 
     def set_nodes(self, addresses: Sequence[str]) -> None:
         self.fleet.set_nodes(addresses)
@@ -154,7 +169,7 @@ class Gateway:
             self._results.add(request, flight)
         subscriber = flight.subscribe()  # before there is anything to hear
         with flight.failing():
-            order = self._order(request)
+            order = flight.order = self._order(request)
             if self._has_contents(order) or self._unseen(order):
                 flight.spawn(self._launch_later(flight, order))
             else:
@@ -246,6 +261,10 @@ class Gateway:
 
     def _ended(self, flight: Flight) -> None:
         self.flights.discard(flight)
+        if (models := self._outdated.pop(flight, None)) is not None:
+            self._needed -= Counter(models)
+            self.fleet.need(frozenset(self._needed))
+        flight.order = None  # and what was uploaded with it
         self._in_flight -= flight.admitted
         if flight.request.idempotency_key:
             self._results.ended(flight)

@@ -24,6 +24,7 @@ from kubediffusion.gateway.delivery import Delivery
 from kubediffusion.gateway.hooks import ImageContext
 from kubediffusion.gateway.measures import Measures
 from kubediffusion.gateway.plan import ImagePlan
+from kubediffusion.gateway.planning import Order
 from kubediffusion.v1alpha1 import gateway_pb2, node_pb2, tensor_pb2
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ class Flight:
         self.error: KubeDiffusionError | None = None
         self.ended = False
         self.runs: list[ImageRun] = []
+        # What it was asked to do, from when that is known until its end.
+        self.order: Order | None = None
         self.nbytes = 0
         self.since = now()
         # Images of it that count against the queue's bound.
@@ -219,6 +222,10 @@ class Flight:
     async def settled(self) -> None:
         if self.ended and self._work:
             await asyncio.wait(list(self._work))
+
+    @property
+    def has_begun(self) -> bool:
+        return any(run.has_begun for run in self.runs)
 
     def whereabouts(self) -> list[str]:
         """Of each image: held (a model has no node), running, or queued (no node took it yet)."""

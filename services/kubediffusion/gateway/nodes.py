@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
 from kubediffusion.errors import KubeDiffusionError, NotFound, Unavailable
@@ -39,6 +40,7 @@ class Fleet:
         # Kept when the nodes go: a request can be checked while its model has no replica.
         self.facts: dict[str, Facts] = {}
         self.connections: dict[str, NodeConnection] = {}
+        self.needed: frozenset[str] = frozenset()
         self._retired: list[NodeConnection] = []
         # Who has a model, or will have it; made anew when that has changed.
         self._by_model: dict[str, list[NodeConnection]] = {}
@@ -99,6 +101,20 @@ class Fleet:
         nodes = self.states() if task.inputs else self.states_with(task.model)
         return place(task, nodes, self.profiles, self.now(), self._draw)
 
+    def place_leaving(self, task: PlacementTask) -> tuple[NodeConnection, Placement] | None:
+        """On a node that is going, for a task whose models nobody else will have: see `need`."""
+        leaving = {
+            connection.address: connection
+            for connection in (*self._retired, *self.connections.values())
+            if connection.leaving and connection.address not in task.failed_on
+        }
+        states = (connection.state for connection in leaving.values())
+        nodes = [replace(state, draining=False) for state in states if state is not None]
+        placement = place(task, nodes, self.profiles, self.now(), self._draw)
+        if placement is None or not placement.ready:
+            return None
+        return leaving[placement.address], placement
+
     def observe_transfer(
         self, to: NodeConnection, nbytes: Mapping[str, int], seconds: float
     ) -> None:
@@ -143,6 +159,14 @@ class Fleet:
         """What there is from now on: workflows by name, and models that somebody will keep up."""
         self._workflows, self._kept = workflows, models
         self.changed()
+
+    def need(self, models: frozenset[str]) -> None:
+        """What requests under way will still use, and nobody may keep: nodes that have it are asked
+        to stay, and planners not to take it away."""
+        if models != self.needed:
+            self.needed = models
+            for connection in (*self.connections.values(), *self._retired):
+                connection.renew()
 
     def abandoned(self, workflow: str, models: Iterable[str]) -> KubeDiffusionError | None:
         """Why waiting for one of these models is of no use, for a request of that workflow: no node

@@ -110,6 +110,11 @@ def roles_needed(order: Order) -> list[str]:
     ]
 
 
+def models_needed(order: Order) -> frozenset[str]:
+    """The identities of these."""
+    return frozenset(order.workflow.models[role].identity for role in roles_needed(order))
+
+
 def plan_images(
     order: Order, bound: wf.Bound, facts: Mapping[str, Facts], request_id: str
 ) -> list[ImagePlan]:

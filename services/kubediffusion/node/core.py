@@ -52,6 +52,7 @@ class Node:
         self._store = store
         self._device = device
         self._inputs = inputs
+        self._residency = residency
         self._metrics = metrics
         self._child = Children()
         self._now = now
@@ -97,6 +98,9 @@ class Node:
             self._store.release(session.gateway_id, message.release.request_ids)
             self._freed.set()
             self.reporter.changed()
+        elif kind == "renew":
+            self._residency.needs.set(session.gateway_id, message.renew.needed_models)
+            self._freed.set()
         elif kind == "cancel":
             self._cancel(session, message.cancel.request_id)
         elif kind == "yield":
@@ -108,11 +112,12 @@ class Node:
             self._on_drain()
         elif kind == "hello":
             raise InvalidInput("Hello is only a stream's first message", field="hello")
-        # Renew has said all by coming; kinds that we do not know are of a later protocol.
+        # Kinds that we do not know are of a later protocol.
 
     def tick(self) -> None:
         """Once a second: gateways that have been silent for too long lose what they left here."""
         for gateway_id in self._store.expire():
+            self._residency.needs.set(gateway_id, ())
             session = self.sessions.get(gateway_id)
             if session is not None:
                 self.close(session, Unavailable("silent beyond its lease", reason="LeaseLapsed"))
@@ -148,7 +153,8 @@ class Node:
             return None
         residents, loras = self._admission.examine(
             assign,
-            draining=self.draining,
+            draining=self.draining
+            and not self._residency.needs.has(session.gateway_id, assign.model),
             tasks=len(self.tasks),
             present=present.key.epoch if present is not None else None,
         )
@@ -232,7 +238,8 @@ class Node:
         self.reporter.count_measures(resident)
 
     async def drain(self) -> None:
-        """Takes nothing more, gives the leases back, and returns when no task is left."""
+        """Gives the leases back, and returns when no task is left. From now on it takes only tasks
+        of models that their gateway needs, because nobody else has them."""
         self.draining = True
         self._metrics.draining.set(1)
         self.reporter.now()
@@ -240,9 +247,9 @@ class Node:
             self._stop(task, Stop.DRAIN)
         await self._quiet.wait()
 
-    async def released(self) -> None:
-        """Returns when no tensor is kept here any more."""
-        while self._store.stats().tensors:
+    async def forsaken(self) -> None:
+        """Returns when nobody needs anything here any more: no task, no tensor, no model."""
+        while self.tasks or self._store.stats().tensors or self._residency.needed:
             self._freed.clear()
             await self._freed.wait()
 
@@ -345,6 +352,7 @@ class Node:
             resident.leave(task)
         if not self.tasks:
             self._quiet.set()
+            self._freed.set()
         self.reporter.changed()
 
 

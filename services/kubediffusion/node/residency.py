@@ -8,6 +8,7 @@ Sources are fetched side by side; the device loads and unloads one model at a ti
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from kubediffusion.models.base import Family, LoadSpec, Model
 from kubediffusion.node.device import Device
 from kubediffusion.node.failures import is_out_of_memory
 from kubediffusion.node.library import Files, Library
+from kubediffusion.node.needs import Needs
 from kubediffusion.node.tasks import Resident
 from kubediffusion.node.threads import in_thread
 from kubediffusion.telemetry.metrics import NodeMetrics
@@ -85,11 +87,14 @@ class Residency:
         device_name: str = "cpu",
         memory_limit: int = 0,
         compile_cache: Path | None = None,
+        drain_seconds: float = 0.0,
         now: Callable[[], float],
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        """What is needed and no longer planned stays for `drain_seconds` at most."""
         self.generation = 0
         self.memory_limit = memory_limit
+        self.needs = Needs()
         # Set by those who must know: stop what runs on it; something changed.
         self.on_evicting: Callable[[Resident], None] = lambda resident: None
         self.on_change = on_change
@@ -98,6 +103,7 @@ class Residency:
         self._metrics = metrics
         self._device_name = device_name
         self._compile_cache = compile_cache
+        self._drain_seconds = drain_seconds
         self._now = now
         self._planner = ""
         self._planned: dict[str, node_pb2.ModelSpec] = {}
@@ -144,7 +150,13 @@ class Residency:
             else:
                 resident.spec = spec  # its LoRAs may have changed; its identity says what may not
         self._work.set()
+        self.needs.changed.set()
         self.on_change()
+
+    @property
+    def needed(self) -> bool:
+        """Whether some gateway needs a model that is here."""
+        return any(self.needs.count(identity) for identity in self.ready)
 
     def ready_model(self, identity: str) -> Resident | None:
         resident = self._residents.get(identity)
@@ -155,6 +167,7 @@ class Residency:
             resident.status.downloaded_bytes = resident.progress.done
             resident.status.total_bytes = resident.progress.total
             resident.status.tasks = len(resident.tasks)
+            resident.status.needed_by = self.needs.count(resident.identity)
         return [resident.status for resident in self._residents.values()]
 
     @property
@@ -278,10 +291,14 @@ class Residency:
         return await in_thread(self._library.fetch, resident.spec, resident.progress)
 
     async def _evict(self, resident: Resident) -> None:
-        """Its leases are given back at their next step, its one-shot tasks end; then it goes."""
+        """Once nobody needs it, its leases are given back at their next step and its one-shot tasks
+        end; then it goes. Not, where it is planned again before that."""
         if fetch := self._fetches.pop(resident.identity, None):
             fetch.cancel()
         if resident.model is not None:
+            await self._unneeded(resident.identity)
+            if resident.identity in self._planned:
+                return
             self._set(resident, EVICTING)
             self.on_evicting(resident)
             await resident.idle.wait()
@@ -295,6 +312,14 @@ class Residency:
         if resident.identity in self._planned:  # wanted again meanwhile
             self._enter(self._planned[resident.identity])
         self.on_change()
+
+    async def _unneeded(self, identity: str) -> None:
+        """Waits while some gateway needs it, for so long as a node that drains would."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_seconds):
+                while identity not in self._planned and self.needs.count(identity):
+                    self.needs.changed.clear()
+                    await self.needs.changed.wait()
 
     async def _bring_in(self, resident: Resident, fetch: asyncio.Task[Files]) -> None:
         try:

@@ -42,6 +42,8 @@ SERVICE = node_pb2.DESCRIPTOR.services_by_name["ModelNode"].full_name
 # it is readiness: every planned model is there or has failed, and the node takes tasks.
 LIVENESS = "liveness"
 TICK_SECONDS = 1.0
+# Gateways may learn a moment after this node that their workflow is gone, and that they need it.
+HEAR_SECONDS = 1.0
 # Once drained, gateways get so long to end the calls they have open.
 GRACE_SECONDS = 1.0
 
@@ -87,6 +89,7 @@ class NodeServer:
             device_name=config.device,
             memory_limit=config.memory_limit,
             compile_cache=compile_cache(config),
+            drain_seconds=config.drain_seconds,
             now=now,
             on_change=self._changed,
         )
@@ -152,7 +155,8 @@ class NodeServer:
         return f"{self.config.metrics_host}:{self._metrics_server.port}"
 
     async def drain(self) -> None:
-        """Gives every task back or ends it; serves tensors until released, or time is up.
+        """Gives every task back or ends it; serves tensors until released, and what gateways need
+        until they do not, or time is up.
 
         Ends at once where the device breaks: what is on it will never be given back.
         """
@@ -174,8 +178,9 @@ class NodeServer:
             log.info("node %s is drained", self.config.node_id)
 
     async def _give_back(self) -> None:
-        await self.node.drain()
-        await self.node.released()
+        hearing = asyncio.sleep(HEAR_SECONDS if self.node.sessions else 0.0)
+        await asyncio.gather(self.node.drain(), hearing)
+        await self.node.forsaken()
 
     async def stop(self, grace: float = GRACE_SECONDS) -> None:
         """Ends every call, frees everything. Safe to call again."""
@@ -301,8 +306,18 @@ def announce(path: Path, address: str, metrics: str) -> None:
 
 
 def read_plan(path: Path) -> node_pb2.SetResidencyRequest:
-    """A SetResidencyRequest in protobuf's JSON. Raises InvalidInput."""
+    """A SetResidencyRequest in protobuf's JSON, without what only a newer planner knows, of which a
+    warning tells. Raises InvalidInput."""
     try:
-        return json_format.Parse(path.read_text(), node_pb2.SetResidencyRequest())
+        text = path.read_text()
+        try:
+            return json_format.Parse(text, node_pb2.SetResidencyRequest())
+        except json_format.ParseError as error:
+            # As gRPC does with what a planner sends.
+            known = json_format.Parse(
+                text, node_pb2.SetResidencyRequest(), ignore_unknown_fields=True
+            )
+            log.warning("%s: going on without what is not known here: %s", path, error)
+            return known
     except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
         raise InvalidInput(f"{path}: {error}", field="residency") from error

@@ -246,8 +246,10 @@ class Release(_message.Message):
     def __init__(self, request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Renew(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("needed_models",)
+    NEEDED_MODELS_FIELD_NUMBER: _ClassVar[int]
+    needed_models: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, needed_models: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Drain(_message.Message):
     __slots__ = ()
@@ -462,7 +464,7 @@ class SetResidencyResponse(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
-    __slots__ = ("identity", "state", "reason", "message", "nbytes", "digest", "load_seconds", "facts", "stages", "downloaded_bytes", "total_bytes", "tasks")
+    __slots__ = ("identity", "state", "reason", "message", "nbytes", "digest", "load_seconds", "facts", "stages", "downloaded_bytes", "total_bytes", "tasks", "needed_by")
     class FactsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -482,6 +484,7 @@ class ModelStatus(_message.Message):
     DOWNLOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
+    NEEDED_BY_FIELD_NUMBER: _ClassVar[int]
     identity: str
     state: ModelState
     reason: str
@@ -494,7 +497,8 @@ class ModelStatus(_message.Message):
     downloaded_bytes: int
     total_bytes: int
     tasks: int
-    def __init__(self, identity: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., nbytes: _Optional[int] = ..., digest: _Optional[str] = ..., load_seconds: _Optional[float] = ..., facts: _Optional[_Mapping[str, _tensor_pb2.Value]] = ..., stages: _Optional[_Iterable[str]] = ..., downloaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., tasks: _Optional[int] = ...) -> None: ...
+    needed_by: int
+    def __init__(self, identity: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., nbytes: _Optional[int] = ..., digest: _Optional[str] = ..., load_seconds: _Optional[float] = ..., facts: _Optional[_Mapping[str, _tensor_pb2.Value]] = ..., stages: _Optional[_Iterable[str]] = ..., downloaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., tasks: _Optional[int] = ..., needed_by: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

@@ -175,6 +175,12 @@ class NodePod:
             until(loaded, f"{self.name} is ready")
         return self
 
+    def needed(self) -> set[str]:
+        """Models that gateways need here, as an operator hears it."""
+        with grpc.insecure_channel(self.address) as channel:
+            said = node_pb2_grpc.ModelNodeStub(channel).Describe(node_pb2.DescribeRequest())
+        return {status.identity for status in said.models if status.needed_by}
+
     def terminate(self) -> None:
         os.kill(self.process.pid or 0, signal.SIGTERM)
 

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ import pytest
 from conftest import StartGateway, StartNode
 from follow_rig import GatewayPod, Revised, publish_slice, until
 
-from kubediffusion.client import Client, Finished
+from kubediffusion.client import Client, Finished, Image, Stepped
 from kubediffusion.errors import NotFound, Unavailable
 from tests.cluster.kube import ControlPlane, Kube
 
@@ -308,6 +309,88 @@ def test_a_request_that_waits_fails_at_once_when_its_workflow_is_deleted(
     assert isinstance(error, NotFound)
     assert "was deleted" in str(error)
     pod.terminate()
+
+
+class Asking:
+    """A client with one request, in a thread of its own; `steps` counts what it has heard."""
+
+    def __init__(self, address: str, **inputs: Any) -> None:
+        self.steps, self.pictures = 0, 0
+        self.error: Exception | None = None
+        self._address, self._inputs = address, inputs
+        self._thread = threading.Thread(target=self._draw)
+        self._thread.start()
+
+    def _draw(self) -> None:
+        with Client(self._address, attempts=1) as client:
+            try:
+                for event in client.generate("sd3", prompt="a fox", **self._inputs):
+                    self.steps += isinstance(event, Stepped)
+                    self.pictures += isinstance(event, Image)
+            except Exception as error:
+                self.error = error
+
+    def end(self) -> Asking:
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        return self
+
+
+def test_nodes_hear_what_requests_of_the_revision_before_will_come_for(
+    kube: Kube, node: StartNode, gateway: StartGateway
+) -> None:
+    """Those of the last stage have no task of it yet."""
+    old = node("old", ONE.resolved, step_seconds=0.1)
+    ONE.publish(kube)
+    publish_slice(kube, "sd3", [old.ready()])
+    door = gateway().ready().grpc
+    with Client(door) as client:
+        until(lambda: all(each.ready for each in client.workflows()), "its models are known")
+    asking = Asking(door, steps=30)
+    until(lambda: asking.steps, "it draws")
+    assert old.needed() == set()
+    TWO.keep(kube, 2)
+    TWO.serve(kube)
+    everything = {ref.identity for ref in ONE.resolved.models.values()}
+    until(lambda: old.needed() == everything, "the node knows")
+    assert not asking.pictures
+    assert asking.end().pictures == 1
+    until(lambda: not old.needed(), "it knows that it has ended")
+
+
+def test_what_draws_ends_though_its_workflow_is_deleted_and_its_nodes_go(
+    kube: Kube, node: StartNode, gateway: StartGateway
+) -> None:
+    """As the garbage collector has it: the workflow first, and a little later all pods at once. The
+    one for the last stage has had nothing to do yet."""
+    models = ONE.resolved.models
+    drawing = {role: ref for role, ref in models.items() if role == "transformer"}
+    rest = {role: ref for role, ref in models.items() if role != "transformer"}
+    pods = [
+        node("dit", replace(ONE.resolved, models=drawing), step_seconds=0.1),
+        node("rest", replace(ONE.resolved, models=rest)),
+    ]
+    ONE.publish(kube)
+    publish_slice(kube, "sd3", [pod.ready() for pod in pods])
+    door = gateway().ready().grpc
+    with Client(door) as client:
+        until(lambda: all(each.ready for each in client.workflows()), "its models are known")
+        first = Asking(door, steps=30)
+        until(lambda: first.steps, "it draws")
+        second = Asking(door, steps=30)
+        until(lambda: sum(each.queued for each in client.status().nodes) == 1, "one waits")
+        kube.delete("DiffusionWorkflow", "sd3")
+        until(lambda: names(client) == [], "the gateway has heard of it")
+        publish_slice(kube, "sd3", pods, terminating=pods)
+        for pod in pods:
+            pod.terminate()
+        assert "was deleted" in str(second.end().error)
+        assert isinstance(second.error, NotFound)
+        assert first.end().error is None
+        assert first.pictures == 1
+        with pytest.raises(NotFound, match="there is no workflow"):
+            client.image("sd3", prompt="a fox")
+    assert [pod.exit_code() for pod in pods] == [0, 0]
 
 
 def test_a_revision_of_a_newer_version_leaves_what_is_served(

@@ -29,6 +29,8 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
         self.failing: dict[str, tuple[str, str]] = {}
         # Tasks on each node, by model; a state by model, where it is another; whether it answers.
         self.tasks: dict[str, int] = {}
+        # Gateways that need a model for requests without a task here, by model.
+        self.needed: dict[str, int] = {}
         self.states: dict[str, int] = {}
         self.answers = threading.Event()
         self.answers.set()
@@ -86,6 +88,7 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
             identity=model.identity,
             state=self.states.get(model.identity, node_pb2.MODEL_STATE_READY),  # pyright: ignore[reportArgumentType]
             tasks=self.tasks.get(model.identity, 0),
+            needed_by=self.needed.get(model.identity, 0),
             nbytes=2**30,
             digest=f"sha256:{model.identity}",
         )

@@ -204,6 +204,11 @@ def _waits(found: dict) -> bool:
     return "to know its LoRAs" in condition(found, "Progressing").get("message", "")
 
 
+def _looks(node: FakeNode, identity: str) -> int:
+    """How often nodes of the model were told their plan."""
+    return sum(any(m["identity"] == identity for m in r["models"]) for r in node.requests)
+
+
 def test_old_models_go_when_their_nodes_say_that_they_are_idle(
     operator: OperatorProcess, kube: Kube, kubelet: FakeKubelet, node: FakeNode, tmp_path: Path
 ) -> None:
@@ -229,19 +234,20 @@ def test_old_models_go_when_their_nodes_say_that_they_are_idle(
     found = kube.wait_for(
         "dwf", "sd3", lambda w: len(w["status"].get("draining", [])) == 2, timeout=LONG
     )
-    told = sum(any(m["identity"] == old for m in r["models"]) for r in node.requests)
+    looks = _looks(node, old)
     # Asked again and again; each time it has tasks.
-    node.wait_for(
-        old,
-        lambda _: (
-            sum(any(m["identity"] == old for m in r["models"]) for r in node.requests) >= told + 3
-        ),
-    )
+    node.wait_for(old, lambda _: _looks(node, old) >= looks + 3)
     assert {old, middle, new} <= present(kube, "Deployment")
     node.tasks[middle] = 0
     kube.wait_gone("dmodel", middle, timeout=LONG)
     assert {old, new} <= present(kube, "Deployment")
+    # A request that has not come to it yet.
+    node.needed[old] = 1
     node.tasks[old] = 0
+    looks = _looks(node, old)
+    node.wait_for(old, lambda _: _looks(node, old) >= looks + 2)
+    assert {old, new} <= present(kube, "Deployment")
+    node.needed[old] = 0
     kube.wait_gone("dmodel", old, timeout=LONG)
     kube.wait_for("dwf", "sd3", lambda w: not w["status"].get("draining"), timeout=LONG)
 

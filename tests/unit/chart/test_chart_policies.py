@@ -192,11 +192,17 @@ def test_nodes_of_a_model_without_downloads_have_no_way_out(render: Render) -> N
     assert not net.connects(there["model nodes"], there["internet"], 443)
 
 
-def test_a_node_without_a_policy_of_its_own_is_cut_off(plain: Rendered) -> None:
+def test_a_node_without_a_policy_of_its_own_ends_requests_and_nothing_more(
+    plain: Rendered,
+) -> None:
+    """Its policy goes with its model, before its pods have ended."""
     there = ends(plain)
     chart = Network([(HERE, each["spec"]) for each in plain.of("NetworkPolicy")])
     touching = {edge for edge in edges(chart, there) if "model nodes" in edge[:2]}
-    assert touching == set()
+    assert touching == {
+        ("gateway", "model nodes", 7070),
+        ("model nodes", "model nodes", 7070),
+    }
 
 
 def test_an_installation_without_the_hub_has_no_way_out(render: Render) -> None:

@@ -28,6 +28,7 @@ class Node(node_pb2_grpc.ModelNodeServicer):
         self.gate: asyncio.Event | None = None
         self.state = node_pb2.MODEL_STATE_READY
         self.refuse = False
+        self.needed_by = 0
 
     async def SetResidency(self, request: Any, context: Any) -> node_pb2.SetResidencyResponse:
         self.requests.append(request)
@@ -39,6 +40,7 @@ class Node(node_pb2_grpc.ModelNodeServicer):
         status = node_pb2.ModelStatus(
             identity="vae-1", state=self.state, nbytes=5, digest="d", reason="R", message="why"
         )
+        status.needed_by = self.needed_by
         return node_pb2.SetResidencyResponse(generation=request.generation, models=[status])
 
     async def Describe(self, request: Any, context: Any) -> node_pb2.DescribeResponse:
@@ -92,6 +94,16 @@ async def test_a_plan_is_sent_and_its_answer_kept(world: World) -> None:
     assert report.memory_limit == 1000
     (request,) = world.node.requests
     assert (request.planner, request.models[0].identity) == ("operator", "vae-1")
+
+
+async def test_what_gateways_need_is_news(world: World) -> None:
+    content = {"generation": "1", "planner": "operator", "models": []}
+    world.residency.send("ns", [world.write(content=content)])
+    assert not (await world.report()).models[0].needed
+    world.node.needed_by = 2
+    world.now += module.POLL_SECONDS
+    world.residency.send("ns", [world.write(content=content)])
+    assert (await world.report()).models[0].needed
 
 
 async def test_the_same_plan_is_not_sent_twice_at_once_and_a_newer_one_follows(

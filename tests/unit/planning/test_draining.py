@@ -200,6 +200,34 @@ def test_old_models_stay_while_their_nodes_have_tasks(world: World) -> None:
     assert there(world, old) == [False]
 
 
+def test_old_models_stay_while_gateways_need_them_for_requests_that_have_no_task_there(
+    world: World,
+) -> None:
+    """They are at their text encoders, and the new revision needs those just the same."""
+    old = use(world, "a")
+    use(world, "b")
+    world.needed = {old, world.role("w", "text_encoder")}
+    world.wait(121)
+    made = world.settle()
+    assert [look.pod for look in made.looks] == [f"{old}-0"]
+    assert there(world, old) == [True]
+    world.needed.remove(old)
+    world.settle()
+    assert there(world, old) == [False]
+
+
+def test_no_gateway_holds_a_model_for_ever(world: World) -> None:
+    old = use(world, "a")
+    use(world, "b")
+    world.needed = {old}
+    world.wait(MOST_SECONDS - 1)
+    world.settle()
+    assert there(world, old) == [True]
+    world.wait(1)
+    world.settle()
+    assert there(world, old) == [False]
+
+
 def test_what_a_node_said_before_the_time_was_over_counts_for_nothing(world: World) -> None:
     use(world, "a")
     use(world, "b")

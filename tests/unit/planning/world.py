@@ -70,6 +70,8 @@ class World:
         self.sizes: dict[str, int] = {}
         # Tasks on each node, by model; None: its nodes are of a version that does not say.
         self.tasks: dict[str, int | None] = {}
+        # Models that gateways say they need; all others are of gateways or nodes that do not say.
+        self.needed: set[str] = set()
         self._counter = 0
 
     # ------------------------------------------------------------ users
@@ -235,6 +237,7 @@ class World:
                     nbytes=self.sizes.get(spec["identity"], 1),
                     digest=f"digest of {spec['uri']}",
                     tasks=self.tasks.get(spec["identity"], 0),
+                    needed=spec["identity"] in self.needed,
                     loras=loras_in(spec),
                 )
                 for spec in write.content["models"]

@@ -75,6 +75,9 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
         self.steps: Counter[str] = Counter()
         self.cancelled: list[str] = []
         self.released: set[str] = set()
+        self._noting: asyncio.Task[None] | None = None
+        # What the last Renew said, for each of them.
+        self.needed: list[set[str]] = []
         self.streams: list[asyncio.Queue[node_pb2.WorkEvent | None]] = []
         self.changed = asyncio.Condition()
         self.tensors: dict[str, bytes] = {}
@@ -168,6 +171,7 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
         finally:
             reader.cancel()
             self.streams.remove(out)
+            self._noting = asyncio.create_task(self._note())
 
     async def _read(self, requests, out) -> None:
         async for request in requests:
@@ -186,6 +190,8 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
                         task.cancel()
             elif kind == "release":
                 self.released.update(request.release.request_ids)
+            elif kind == "renew":
+                self.needed.append(set(request.renew.needed_models))
             await self._note()
 
     # ------------------------------------------------------------ the work
@@ -329,6 +335,20 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
             tensors={"latents": latents},
             fingerprint=self.fingerprint,
         )
+
+
+class Held:
+    """A script that stops a stage at one of its steps, the denoiser in its second."""
+
+    def __init__(self, stage: str = "denoise", step: int = 2) -> None:
+        self.stage, self.step = stage, step
+        self.reached, self.go = asyncio.Event(), asyncio.Event()
+
+    def __call__(self, node: FakeNode, assign: node_pb2.Assign, step: int) -> object:
+        if (assign.stage, step) == (self.stage, self.step):
+            self.reached.set()
+            return self.go.wait()
+        return None
 
 
 def failed(assign, reason, message="", **fields) -> node_pb2.WorkEvent:

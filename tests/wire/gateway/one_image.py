@@ -83,6 +83,7 @@ class Outcome:
         self.events: list[tuple] = []
         self.end: asyncio.Future = asyncio.get_running_loop().create_future()
         self.held_event = asyncio.Event()
+        self.has_begun = False
 
     def started(self, run, stage, node):
         self.events.append(("started", stage, node))
