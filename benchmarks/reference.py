@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,11 @@ def inputs(case: Case) -> dict[str, Any]:
     return out
 
 
-def draw(setup: Setup, case: Case) -> bytes:
-    """The PNG that diffusers makes of it, from freshly loaded weights."""
+def draw(setup: Setup, case: Case, change: Callable[[Any], None] | None = None) -> bytes:
+    """The PNG that diffusers makes of it, from freshly loaded weights.
+
+    `change` is done to the pipeline when pruning and LoRAs are on it.
+    """
     dtype = getattr(torch, setup.dtype)
     # Without T5, diffusers wants it said twice.
     index = json.loads((setup.path / "model_index.json").read_text())
@@ -184,6 +187,8 @@ def draw(setup: Setup, case: Case) -> bytes:
         pipe.load_lora_weights(setup.loras[name], adapter_name=name)
     if case.loras:
         pipe.set_adapters([*case.loras], [*case.loras.values()])
+    if change is not None:
+        change(pipe)
     pipe.set_progress_bar_config(disable=True)
     # The ControlNet pipeline draws from the global generator: docs/decisions/0001.
     torch.manual_seed(case.seed)

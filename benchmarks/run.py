@@ -28,6 +28,7 @@ SUITES = {
     "pruning-start": "benchmarks.pruning_start:run",
     "pruning-training": "benchmarks.pruning_training:run",
     "pruning-service": "benchmarks.pruned_service:run",
+    "step-cache": "benchmarks.step_cache:run",
     "overhead": "benchmarks.overhead:run",
     "latency": "benchmarks.side_by_side:run_latency",
     "fastapi": "benchmarks.side_by_side:run_fastapi",

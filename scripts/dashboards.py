@@ -201,6 +201,19 @@ MODELS = (
         ),
     ),
     Panel(
+        "Steps left out",
+        "Of denoising steps, the share that step caches reused.",
+        "percentunit",
+        (
+            (
+                "{{model}}",
+                per_second("kubediffusion_node_steps_reused_total", "model")
+                + " / "
+                + per_second("kubediffusion_node_denoise_steps_total", "model"),
+            ),
+        ),
+    ),
+    Panel(
         "Compiled blocks",
         "Graphs of each node, and seconds a second spent on making some: none once it is ready.",
         "short",

@@ -41,9 +41,15 @@ class Shapes(StrEnum):
 class CompiledBlocks:
     """The compiled blocks of a handle: how many graphs there are, and what they took."""
 
-    def __init__(self, handle: ShivaHandle, shapes: Shapes, backend: Backend | None = None) -> None:
-        self.handle, self.shapes = handle, shapes
-        self._inner = backend or _inductor
+    def __init__(
+        self,
+        handle: ShivaHandle,
+        shapes: Shapes,
+        backend: Backend | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
+        self.handle, self.shapes, self.cuda_graphs = handle, shapes, cuda_graphs
+        self._inner = backend or (_recorded if cuda_graphs else _inductor)
         self.graphs = 0
         self.seconds = 0.0
         kinds: dict[type, Callable[..., Any]] = {}
@@ -102,8 +108,12 @@ class CompiledBlocks:
         backbone = self.handle.backbone
         name = metadata_of(block).hidden_states_argument_name
         dynamic = self.shapes is Shapes.DYNAMIC
+        begins = self.cuda_graphs and block is self.handle.blocks[0]
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if begins:
+                # What the last call's graphs gave out may be overwritten from here on.
+                torch.compiler.cudagraph_mark_step_begin()
             # Slices and transposes would each make a graph of their own.
             arguments = {k: _contiguous(v) for k, v in named(block, args, kwargs).items()}
             if dynamic:
@@ -127,25 +137,41 @@ def compile_blocks(
     shapes: Shapes = Shapes.DYNAMIC,
     expected_graphs: int = 64,
     backend: Backend | None = None,
+    cuda_graphs: bool = False,
 ) -> CompiledBlocks:
     """Compiles the blocks of `handle` at their next calls; `warm_up` does it at once.
 
     Raises torch's own error past `expected_graphs` recompilations of one class of blocks, instead
     of falling back to eager code; torch's limit is a global setting, and is raised to this where
     lower. `backend` takes inductor's place: (graph, example inputs) -> callable.
+
+    `cuda_graphs` has inductor record each block at each k and replay it, which a static budget
+    allows. Prepared, and never run on a GPU so far: off by default. Raises Unsupported for a
+    transformer that is not on one.
     """
+    device = torch.device(handle.transformer.device)
+    if cuda_graphs and device.type != "cuda":
+        raise Unsupported(f"CUDA graphs want a transformer on a GPU, and this is on {device.type}")
     for block in handle.blocks:
         if getattr(block, "_compiled_call_impl", None) is not None:
             raise Unsupported("the blocks are compiled already, with their hooks; load them anew")
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, expected_graphs)
-    return CompiledBlocks(handle, shapes, backend)
+    return CompiledBlocks(handle, shapes, backend, cuda_graphs)
 
 
 def _inductor(graph: Any, example_inputs: Any) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, example_inputs)  # type: ignore[return-value]
+
+
+def _recorded(graph: Any, example_inputs: Any) -> Callable[..., Any]:
+    """Inductor with its CUDA graphs: one recording for each block and each number of tokens."""
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": False}
+    return compile_fx(graph, example_inputs, config_patches=patches)  # type: ignore[return-value]
 
 
 def cache_key(identity: str, device: torch.device) -> str:

@@ -1,6 +1,6 @@
 # Copyright 2026 The KubeDiffusion Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How a hard top-k is given a gradient: five arms behind one option.
+"""How a hard top-k is given a gradient: six arms behind one option.
 
 The forward is always the hard selection: no score ever touches a feature. The arms differ in which
 inner product becomes dL/dpi, the gradient of a token's soft selection pi, and in how pi follows
@@ -8,12 +8,15 @@ from the scores s and from k. With F = y - x, what the block adds to a token, th
 
     arm               kept              rejected                  pi
     RESIDUAL          +<dL/dx, x>       -<dL/dx, x>               soft rank
+    PROSE             -<dL/dx, x>       -<dL/dx, x>               soft rank
     THRESHOLD         +<dL/dx, x>       -<dL/dx, x>               sigmoid threshold
     STRAIGHT_THROUGH  +<dL/dx, x>       0                         identity in s
     MOD               +<dL/dy, F>       0                         soft rank
     BENEFIT           +<dL/dy, F>       +<dL/dy, F_teacher>       soft rank
 
-RESIDUAL is Eq. 7 of Shiva-DiT (arXiv 2602.05605); MOD is the gate of Mixture-of-Depths
+RESIDUAL is Eq. 7 of Shiva-DiT (arXiv 2602.05605), taken as the derivative that it defines; PROSE is
+what the paper's text (A.2) reads out of it, where a kept token with a large positive product is
+promoted. MOD is the gate of Mixture-of-Depths
 (arXiv 2404.02258) as DiffCR uses it, here without its scaling of the forward. BENEFIT is ours: to
 first order in F it is what the loss gains when the token changes sides.
 """
@@ -34,6 +37,7 @@ class Estimator(StrEnum):
     """The arms; see the table above."""
 
     RESIDUAL = "residual"
+    PROSE = "prose"
     MOD = "mod"
     STRAIGHT_THROUGH = "straight-through"
     THRESHOLD = "threshold"
@@ -42,7 +46,7 @@ class Estimator(StrEnum):
     @property
     def gates_input(self) -> bool:
         """Whether dL/dpi is taken before the gather (else after the scatter)."""
-        return self in (Estimator.RESIDUAL, Estimator.THRESHOLD, Estimator.STRAIGHT_THROUGH)
+        return self not in (Estimator.MOD, Estimator.BENEFIT)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,9 @@ def gate_input(x: Tensor, pi: Tensor, kept: Tensor, estimator: Estimator) -> Ten
     if not estimator.gates_input:
         return x
     sign = kept.to(pi.dtype)
-    if estimator is not Estimator.STRAIGHT_THROUGH:
+    if estimator is Estimator.PROSE:
+        sign = -torch.ones_like(sign)
+    elif estimator is not Estimator.STRAIGHT_THROUGH:
         sign = 2 * sign - 1
     return _Credit.apply(x, pi, sign, None, None)
 

@@ -147,12 +147,29 @@ class Trained:
     time: torch.Tensor | None = None
 
     def run(self, block: BlockCall) -> Any:
-        tokens = block.x.shape[1]
-        k = self.plan.k[block.index - 1] if block.index else tokens
-        output = block.dense() if k >= tokens else self._pruned(block, k)
+        if block.index in self.plan.mixed:
+            output = self._mixed(block)
+        else:
+            k = self.plan.k[block.index - 1] if block.index else block.x.shape[1]
+            output = self._at(block, k)
         if block.index in self.plan.outputs:
             self.outputs[block.index] = block.tokens_of(output)
         return output
+
+    def _at(self, block: BlockCall, k: int) -> Any:
+        return block.dense() if k >= block.x.shape[1] else self._pruned(block, k)
+
+    def _mixed(self, block: BlockCall) -> Any:
+        """Between the outputs at two k."""
+        low, high, share = self.plan.mixed[block.index]
+        one, other = self._at(block, low), self._at(block, high)
+        if not isinstance(one, tuple):
+            return torch.lerp(one, other, share.to(one.dtype))
+        # The last block of SD3 has no text to give out.
+        return tuple(
+            None if a is None else torch.lerp(a, b, share.to(a.dtype))
+            for a, b in zip(one, other, strict=True)
+        )
 
     def _pruned(self, block: BlockCall, k: int) -> Any:
         plan, x = self.plan, block.x
@@ -181,8 +198,8 @@ class Trained:
         return block.with_tokens(output, gate_output(gated, y, pi, kept, estimator, delta))
 
     def _continuous_k(self, block: BlockCall, k: int) -> torch.Tensor:
-        """N r, not floored, so that the gradient reaches the policy."""
-        if self.plan.ratios is None:
+        """N r, not floored, so that the gradient reaches the policy; a mixed block has its own."""
+        if self.plan.ratios is None or block.index in self.plan.mixed:
             return torch.tensor(float(k), device=block.x.device)
         return block.x.shape[1] * self.plan.ratios[block.index - 1].float()
 

@@ -106,6 +106,8 @@ class TrainingPlan:
     teacher_delta: f(x) = y - x of the teacher by block, (B, N, D): for Estimator.BENEFIT.
     outputs: blocks whose output to record, by index over all blocks.
     scorer: in place of the router.
+    mixed: by block, two k and how far (a tensor in [0, 1], with gradient) from the first to the
+        second: the block runs at both and its outputs are mixed. Takes the place of its `k`.
     """
 
     k: Sequence[int]
@@ -116,6 +118,9 @@ class TrainingPlan:
     teacher_delta: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
     outputs: frozenset[int] = frozenset()
     scorer: Scorer | None = None
+    mixed: dict[int, tuple[int, int, torch.Tensor]] = field(
+        default_factory=dict[int, tuple[int, int, torch.Tensor]]
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ diagonal needs no mask: it adds sigmoid(0) = 1/2 to every rank and nothing to a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,30 +47,38 @@ def _ranks_dtype(scores: Tensor) -> torch.dtype:
     return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
+def _tiles(scaled: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+    """Row, tile of it, and sigmoid(s_j - s_i) for all j and each i of the tile; scores over tau.
+
+    All tiles lie in one buffer, each over the last: fresh memory for each costs as much again.
+    """
+    batch, tokens = scaled.shape
+    rows = min(max(1, _PAIRS // tokens), tokens)
+    buffer = scaled.new_empty(rows, tokens)
+    for b in range(batch):
+        for start in range(0, tokens, rows):
+            tile = slice(start, min(start + rows, tokens))
+            pairs = buffer[: tile.stop - start]
+            torch.sub(scaled[b, None, :], scaled[b, tile, None], out=pairs)
+            yield b, tile, pairs.sigmoid_()
+
+
 def _forward_torch(scores: Tensor, tau: float) -> Tensor:
-    s = scores.to(_ranks_dtype(scores))
-    ranks = torch.empty_like(s)
-    rows = max(1, _PAIRS // s.shape[1])
-    for b in range(s.shape[0]):
-        for start in range(0, s.shape[1], rows):
-            tile = s[b, start : start + rows, None]
-            pairs = (s[b, None, :] - tile).div_(tau).sigmoid_()
-            torch.sum(pairs, dim=1, out=ranks[b, start : start + rows])
+    scaled = scores.to(_ranks_dtype(scores)) / tau
+    ranks = torch.empty_like(scaled)
+    for b, tile, pairs in _tiles(scaled):
+        torch.sum(pairs, dim=1, out=ranks[b, tile])
     return ranks.add_(0.5)
 
 
 def _backward_torch(grad: Tensor, scores: Tensor, tau: float) -> Tensor:
-    s, h = scores.to(grad.dtype), grad
-    out = torch.empty_like(s)
-    rows = max(1, _PAIRS // s.shape[1])
-    for b in range(s.shape[0]):
-        # One product gives both row sums: of sigmoid' h_j, and of sigmoid'.
-        right = torch.stack([h[b], torch.ones_like(h[b])], dim=1)
-        for start in range(0, s.shape[1], rows):
-            tile = slice(start, start + rows)
-            p = (s[b, None, :] - s[b, tile, None]).div_(tau).sigmoid_()
-            with_h, alone = (p.addcmul_(p, p, value=-1) @ right).unbind(1)
-            out[b, tile] = with_h - h[b, tile] * alone
+    scaled, h = scores.to(grad.dtype) / tau, grad
+    # One product gives both row sums: of sigmoid' h_j, and of sigmoid'.
+    right = torch.stack([h, torch.ones_like(h)], dim=2)
+    out = torch.empty_like(scaled)
+    for b, tile, p in _tiles(scaled):
+        with_h, alone = (p.addcmul_(p, p, value=-1) @ right[b]).unbind(1)
+        torch.addcmul(with_h, h[b, tile], alone, value=-1, out=out[b, tile])
     return out.div_(tau).to(scores.dtype)
 
 

@@ -21,7 +21,9 @@ from shiva_kernels.apply import apply_shiva
 from shiva_kernels.artifact import Artifact, ShippedTable
 from shiva_kernels.config import ShivaConfig
 from shiva_kernels.errors import ShivaError
+from shiva_kernels.policy import RatioPolicy
 from shiva_kernels.tables import RatioCurve
+from shiva_kernels.training.bins import BinnedRatios
 from shiva_kernels.training.config import Ratios, TrainConfig
 from shiva_kernels.training.evaluation import sigma_grid
 from shiva_kernels.training.student import ADAPTER, Student
@@ -68,11 +70,20 @@ def make_student(
             sharing=config.router_sharing,
         )
     handle = apply_shiva(pipeline.transformer, ShivaConfig(artifact, budget=None))
-    return Student(handle, artifact.policy, config)
+    policy: RatioPolicy | BinnedRatios = artifact.policy
+    if config.arm.ratios is Ratios.BINS:
+        policy = BinnedRatios(handle.block_count, config.target)
+    return Student(handle, policy, config)
 
 
 def curve_of(student: Student) -> RatioCurve:
-    """What the arm has learnt about ratios: the policy's curve, or the same everywhere."""
+    """What the arm has learnt about ratios: the policy's curve, or the same everywhere.
+
+    Raises:
+        ShivaError: ratios in bins are no curve, and make no artifact.
+    """
+    if isinstance(student.policy, BinnedRatios):
+        raise ShivaError("ratios in bins are there to compare with: train ratios: policy instead")
     if student.config.arm.ratios is Ratios.POLICY:
         return student.policy.curve()
     return RatioCurve.uniform(student.handle.block_count)

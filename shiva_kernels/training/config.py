@@ -41,6 +41,12 @@ class Ratios(StrEnum):
     POLICY = "policy"
     FIXED = "fixed"  # the target in every block at every time
     DENSE = "dense"  # all of them: fine-tuning without pruning
+    BINS = "bins"  # a number for each block and noise region, two forwards a block: as DiffCR
+
+    @property
+    def learn(self) -> bool:
+        """Whether they do."""
+        return self in (Ratios.POLICY, Ratios.BINS)
 
 
 class Settings(BaseModel):
@@ -69,7 +75,7 @@ class Arm(Settings):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         no_router = self.scores is not Scores.ROUTER
-        if self.ratios is Ratios.POLICY and (no_router or self.estimator is None):
+        if self.ratios.learn and (no_router or self.estimator is None):
             raise ValueError("a ratio policy learns through the router's estimator: give it both")
         if self.ratios is Ratios.POLICY and self.estimator is Estimator.STRAIGHT_THROUGH:
             raise ValueError("the straight-through estimator has no gradient in k: no policy")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import csv
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,26 +30,28 @@ class CsvLog:
         rows = [row for row in read_log(path) if int(row["step"]) <= after_step]
         self._columns = list(rows[0]) if rows else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            path.unlink()
-        for row in rows:
-            self._append(row)
+        if rows:
+            self._write(rows)
+        else:
+            path.unlink(missing_ok=True)
 
     def write(self, step: int, values: Mapping[str, float], **labels: str) -> None:
-        """Add a row. The first row's names are the header; later ones may leave some out."""
+        """Add a row. It may leave names out, and bring new ones, as a new stage does."""
         row: dict[str, Any] = {"step": step, **labels}
         row |= {name: f"{value:.6g}" for name, value in values.items()}
-        if not self._columns:
-            self._columns = list(row)
-        self._append(row)
-
-    def _append(self, row: Mapping[str, Any]) -> None:
-        fresh = not self.path.exists()
+        new = [name for name in row if name not in self._columns]
+        if new:
+            self._columns += new
+            self._write([*read_log(self.path), row])
+            return
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore")
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
+            csv.DictWriter(file, self._columns, restval="").writerow(row)
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def read_log(path: Path) -> list[dict[str, str]]:

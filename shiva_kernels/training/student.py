@@ -27,7 +27,8 @@ from shiva_kernels.estimators import Surrogate
 from shiva_kernels.policy import RatioPolicy
 from shiva_kernels.selection import scores_of_images, standardise
 from shiva_kernels.state import Conditions, Scorer, TrainingPlan
-from shiva_kernels.training.config import Scores, TrainConfig
+from shiva_kernels.training.bins import BinnedRatios, bracketing
+from shiva_kernels.training.config import Ratios, Scores, TrainConfig
 from shiva_kernels.training.data import Batch
 
 ADAPTER = "shiva"
@@ -63,7 +64,9 @@ class Observation:
 class Student:
     """A transformer with `apply_shiva`'s hooks on it, its router, its policy, its adapter."""
 
-    def __init__(self, handle: ShivaHandle, policy: RatioPolicy, config: TrainConfig) -> None:
+    def __init__(
+        self, handle: ShivaHandle, policy: RatioPolicy | BinnedRatios, config: TrainConfig
+    ) -> None:
         self.handle, self.policy, self.config = handle, policy, config
         self.transformer, self.router = handle.transformer, handle.router
         self.transformer.requires_grad_(False)
@@ -104,7 +107,7 @@ class Student:
         arm, groups = self.config.arm, {}
         if arm.learns_scores:
             groups["router"] = list(self.router.parameters())
-        if arm.ratios == "policy":
+        if arm.ratios.learn:
             groups["policy"] = list(self.policy.parameters())
         if self.config.steps.joint:
             groups["adapter"] = list(self.adapter().values())
@@ -193,7 +196,18 @@ class Student:
             teacher_delta=pruning.deltas or {},
             outputs=self._compared(every),
             scorer=self._scorer(pruning),
+            mixed=self._mixed(ratios, tokens) if pruning.surrogate is not None else {},
         )
+
+    def _mixed(self, ratios: Tensor, tokens: int) -> dict[int, tuple[int, int, Tensor]]:
+        """Of an arm whose ratios lie between bins, while it learns."""
+        if self.config.arm.ratios is not Ratios.BINS:
+            return {}
+        found: dict[int, tuple[int, int, Tensor]] = {}
+        for block, ratio in enumerate(ratios, start=1):
+            low, high, share = bracketing(ratio)
+            found[block] = (max(int(tokens * low), 1), int(tokens * high + 1e-4), share)
+        return found
 
     def _tokens(self, mixed: Tensor) -> int:
         patch = self.transformer.config.patch_size

@@ -4,7 +4,8 @@
 
     A  screen     router only, ratio 0.6: velocity error to dense of the estimators and of scores
                   that need no training
-    B  arms       trained whole: dense, Shiva, fixed ratio, random scores; three seeds each
+    B  arms       trained whole: dense, Shiva, fixed ratio, random scores; three seeds each; and
+                  DiffCR's manner of learning ratios (`bins`), one seed
     C  pictures   two-object prompts of held-out combinations, several seeds, the same noise;
                   untrained merging beside the arms
     D  budgets    the other tables of the shipped artifact
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from shiva_kernels.estimators import Estimator
 from shiva_kernels.tables import build_table
 from shiva_kernels.training.assemble import curve_of, image_tokens
+from shiva_kernels.training.bins import BinnedRatios
 from shiva_kernels.training.config import (
     Arm,
     Rates,
@@ -63,6 +65,7 @@ from shiva_kernels.training.statistics import kernel_distance, paired_difference
 from shiva_kernels.training.student import Observation, Student
 
 RATIO = 0.6
+DIFFCR = "diffcr"
 VALIDATION, TEST = 1, 2  # seeds of sample sets; streams of prompts follow from them
 _UNTRAINED = Steps(router=0, policy=0, joint=0)
 
@@ -129,6 +132,11 @@ def full_arms(scale: Scale, estimator: Estimator, router_rate: float) -> dict[st
         "shiva": TrainConfig(arm=Arm(ratios=ratios, estimator=estimator), **common),
         "fixed": TrainConfig(arm=Arm(ratios=Ratios.FIXED, estimator=estimator), **common),
         "random": TrainConfig(arm=random, **common),
+        DIFFCR: TrainConfig(
+            arm=Arm(ratios=Ratios.BINS, estimator=Estimator.MOD),
+            weights=Weights(budget=0.3),
+            **common,
+        ),
     }
 
 
@@ -174,6 +182,8 @@ class Study:
             return fixed_schedule(budget, student.prunable)
         tokens = image_tokens(student.transformer, self.runs.place.pixels)
         grid = sigma_grid(self._scheduler, self.scale.steps)
+        if isinstance(student.policy, BinnedRatios):
+            return table_schedule(student.policy.table(budget, grid, tokens))
         return table_schedule(build_table(curve_of(student), budget, grid, tokens))
 
     def velocity(self, name: str, config: TrainConfig, split: int, budget: float = RATIO) -> Arrays:
@@ -255,6 +265,8 @@ class Study:
         errors: dict[str, list[Arrays]] = {}
         for seed in range(self.scale.seeds):  # a whole round of arms, then the next seed
             for name, config in self.arms().items():
+                if seed and name == DIFFCR:
+                    continue  # its steps cost twice
                 seeded = config.model_copy(update={"seed": seed})
                 errors.setdefault(name, []).append(self.velocity(name, seeded, TEST))
         means = {n: np.mean([e["to_dense"] for e in es], axis=0) for n, es in errors.items()}

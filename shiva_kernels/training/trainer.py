@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from shiva_kernels.errors import ShivaError
 from shiva_kernels.estimators import Estimator, Surrogate
-from shiva_kernels.policy import BudgetLoss
+from shiva_kernels.policy import BudgetLoss, RatioPolicy
+from shiva_kernels.training.bins import BinnedRatios
 from shiva_kernels.training.config import Annealed, Ratios, Stage, TrainConfig
 from shiva_kernels.training.data import Batch, Source
 from shiva_kernels.training.logs import CsvLog, Means, progress_bar
@@ -207,7 +208,7 @@ class Trainer:
         if config.arm.ratios is Ratios.FIXED:
             return torch.full(shape, config.target)
         logits = self.student.policy.logits(sigmas)
-        if moment.stage is Stage.POLICY:
+        if moment.stage is Stage.POLICY and config.arm.ratios is Ratios.POLICY:
             seed = micro_seed(config.seed, moment.step, 1 << 20, self.accelerator.process_index)
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(logits.shape, generator=generator).to(logits.device)
@@ -217,11 +218,16 @@ class Trainer:
     def _policy_backward(self, moment: Moment, ratios: Tensor, leaf: Tensor) -> dict[str, float]:
         if moment.stage is Stage.ROUTER or not ratios.requires_grad:
             return {}
-        loss = self.budget(ratios)
+        policy = self.student.policy
+        if isinstance(policy, BinnedRatios):
+            loss = policy.loss(ratios, self.config.weights.budget)
+        else:
+            loss = self.budget(ratios)
         gathered = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
         # The micro-batches' losses came divided by their number already.
         torch.autograd.backward([ratios, loss], [gathered, torch.ones_like(loss)])
-        return {"budget": float(loss.detach()), "budget_mean": float(self.budget.mu)}
+        mean = self.budget.mu if isinstance(policy, RatioPolicy) else ratios.detach().mean()
+        return {"budget": float(loss.detach()), "budget_mean": float(mean)}
 
     # ------------------------------------------------------------ the optimiser
 

@@ -21,7 +21,7 @@ from shiva_kernels.estimators import (
 )
 from shiva_kernels.ops import gather_tokens, scatter_tokens, soft_rank
 
-RANKED = (Estimator.RESIDUAL, Estimator.MOD, Estimator.BENEFIT)
+RANKED = (Estimator.RESIDUAL, Estimator.PROSE, Estimator.MOD, Estimator.BENEFIT)
 BATCH, TOKENS, WIDTH, KEPT = 2, 11, 5, 6
 
 
@@ -58,9 +58,9 @@ class _Case:
 
 
 # Each arm again, as the product of features with a gate whose value is one.
-def _input_gate(case: _Case, pi: Tensor, *, rejected: float) -> Tensor:
+def _input_gate(case: _Case, pi: Tensor, *, rejected: float, kept: float = 1) -> Tensor:
     d, m = pi - pi.detach(), case.kept
-    gate = torch.where(m, 1 + d, 1 + rejected * d)
+    gate = torch.where(m, 1 + kept * d, 1 + rejected * d)
     return case.pruned(gate[..., None] * case.x)
 
 
@@ -76,6 +76,7 @@ def _benefit(case: _Case, pi: Tensor) -> Tensor:
 
 FORMULAS: dict[Estimator, Callable[[_Case, Tensor], Tensor]] = {
     Estimator.RESIDUAL: lambda case, pi: _input_gate(case, pi, rejected=-1),
+    Estimator.PROSE: lambda case, pi: _input_gate(case, pi, rejected=-1, kept=-1),
     Estimator.THRESHOLD: lambda case, pi: _input_gate(case, pi, rejected=-1),
     Estimator.STRAIGHT_THROUGH: lambda case, pi: _input_gate(case, pi, rejected=0),
     Estimator.MOD: _mod,

@@ -11,7 +11,7 @@ import torch
 from tiny_backbones import SIGMAS, TOKENS, call, inputs, pruned
 
 from shiva_kernels import Guidance, Unsupported
-from shiva_kernels.compile import Shapes, cache_key, compile_blocks, use_cache
+from shiva_kernels.compile import CompiledBlocks, Shapes, cache_key, compile_blocks, use_cache
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +44,38 @@ def test_blocks_of_a_kind_share_one_graph_over_all_steps_and_budgets() -> None:
     assert compiled.graphs == 2
     compiled.remove()
     assert torch.equal(call(transformer, inputs("sd3", 2)), eager[0.5])
+
+
+def test_cuda_graphs_are_for_gpus_and_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer, handle = pruned()
+    with pytest.raises(Unsupported, match="on a GPU, and this is on cpu"):
+        compile_blocks(handle, backend=uncompiled, cuda_graphs=True)
+    begun: list[int] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    assert not compile_blocks(handle, backend=uncompiled).cuda_graphs
+    call(transformer, inputs("sd3", 2))
+    assert not begun
+    # As on a GPU, as far as that goes without one: each call of the transformer begins anew.
+    CompiledBlocks(handle, Shapes.DYNAMIC, uncompiled, cuda_graphs=True)
+    for _ in range(2):
+        call(transformer, inputs("sd3", 2))
+    assert len(begun) == 2
+
+
+def test_on_a_gpu_inductor_is_told_to_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+
+    def compile_fx(graph: Any, example_inputs: Any, config_patches: dict[str, Any]) -> Any:
+        told.append(config_patches)
+        return graph
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    transformer, handle = pruned()
+    CompiledBlocks(handle, Shapes.DYNAMIC, cuda_graphs=True)
+    call(transformer, inputs("sd3", 2))
+    assert [patches["triton.cudagraphs"] for patches in told] == [True, True]
+    with torch._inductor.config.patch(told[0]):  # names that inductor knows
+        assert torch._inductor.config.triton.cudagraphs
 
 
 @pytest.mark.parametrize(

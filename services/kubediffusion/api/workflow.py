@@ -159,9 +159,52 @@ class Input(Resource):
 
 
 class StepCache(Resource):
-    """Reuse of block outputs between steps."""
+    """Steps that reuse what the blocks added at an earlier one."""
 
-    threshold: Annotated[Decimal, Field(description="Relative change below which a step reuses.")]
+    method: Annotated[
+        Literal["magcache", "first-block"],
+        Field(description="How a step is told from one that may be left out."),
+    ] = "magcache"
+    threshold: Annotated[
+        Decimal,
+        Field(description="Relative error, summed over steps in a row, up to which they reuse."),
+    ]
+    ratios: Annotated[
+        tuple[Decimal, ...],
+        Field(
+            max_length=1000,
+            description="Of magcache: how much larger what the blocks add is at each step than at "
+            "the one before, as calibrated for the model; the first is 1.",
+        ),
+    ] = ()
+    max_skip_steps: Annotated[
+        int, Field(ge=1, le=1000, description="Of magcache: most steps in a row that reuse.")
+    ] = 3
+    retention: Annotated[
+        Decimal, Field(description="Of magcache: the share of first steps that never reuse.")
+    ] = "0.2"
+
+    rules = (
+        Rule(
+            field="threshold",
+            cel="double(self.threshold) > 0.0",
+            message='threshold is the error that a reused step may have: above 0, such as "0.06"',
+            holds=lambda c: float(c.threshold) > 0,
+        ),
+        Rule(
+            field="ratios",
+            cel="self.method != 'magcache' || (has(self.ratios) && size(self.ratios) > 1)",
+            message="magcache needs the ratios of the model, one for each step that it was "
+            "calibrated at",
+            holds=lambda c: c.method != "magcache" or len(c.ratios) > 1,
+        ),
+        Rule(
+            field="retention",
+            cel="double(self.retention) <= 1.0",
+            message='retention is a share of the steps: at most 1, such as "0.2"',
+            holds=lambda c: float(c.retention) <= 1,
+        ),
+    )
 
 
 class Caching(Resource):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from kubediffusion import workflow as wf
 from kubediffusion.errors import InvalidInput, Unavailable
@@ -126,13 +126,14 @@ def plan_images(
         common.budget = budget
     pixels = _pixels(bound.values)
     share = wf.work_share(budget, facts.get("transformer", {}))
+    cache = order.workflow.step_cache if common.HasField("step_cache") else None
     output = order.workflow.graph.output
     result = (output.task, output.port)
     for index in range(order.images):
         image = bound.image(index)
         image_id = request_id if order.images == 1 else f"{request_id}-{index}"
         tasks = [
-            _planned(task, common, image_id, pixels, share)
+            _planned(task, common, image_id, pixels, share * wf.computed_share(cache, task.steps))
             for task in wf.expand(order.workflow, image, facts)
         ]
         plans.append(ImagePlan(image_id, index, image.seed, tasks, result))
@@ -154,7 +155,10 @@ def _common(order: Order) -> node_pb2.Assign:
             "diffusers; send numerics fast",
             field="numerics",
         )
+    # Asked to be exact, a request of a workflow with a step cache computes every step.
+    cache = workflow.step_cache if numerics == node_pb2.NUMERICS_FAST else None
     return node_pb2.Assign(
+        step_cache=node_pb2.StepCache(**asdict(cache)) if cache else None,
         workflow=workflow.name,
         tenant=request.tenant,
         weight=request.weight or 1.0,
@@ -200,7 +204,7 @@ def _planned(
         stage=task.stage,
         template=template,
         ports=ports,
-        # Each budget is an amount of its own, whose time is measured apart.
+        # Each budget, and each cache, is an amount of its own, whose time is measured apart.
         units=units * (task.steps * share if task.steps else 1),
         steps=task.steps,
         helpers=task.controlnets,

@@ -57,6 +57,20 @@ class LoadSpec:
 
 
 @dataclass(frozen=True)
+class StepCache:
+    """Which steps of a lease may reuse what the blocks added at an earlier one.
+
+    `ratios`, `max_skip_steps` and `retention` are diffusers' `MagCacheConfig`'s.
+    """
+
+    method: str  # magcache
+    threshold: float
+    ratios: tuple[float, ...] = ()
+    max_skip_steps: int = 3
+    retention: float = 0.2
+
+
+@dataclass(frozen=True)
 class Measures:
     """What a model has counted of itself since it was loaded."""
 
@@ -66,6 +80,8 @@ class Measures:
     # Graphs of torch.compile, and what making them took.
     graphs: int = 0
     compile_seconds: float = 0.0
+    # Steps of leases with a step cache that computed no block.
+    steps_reused: int = 0
 
 
 @runtime_checkable
@@ -105,7 +121,7 @@ class Denoising(Protocol):
         ...
 
     def finish(self) -> Mapping[str, PortValue]:
-        """The outputs, when `step == total_steps`."""
+        """The outputs, when `step == total_steps`; beside them `warnings`, as of `Model.run`."""
         ...
 
 
@@ -146,11 +162,13 @@ class Denoiser(Protocol):
         resume: CheckpointState | None = None,
         controlnets: Sequence[tuple[str, Model]] = (),
         budget: float | None = None,
+        step_cache: StepCache | None = None,
     ) -> Denoising:
         """`controlnets` by name, in the workflow's order; ports `control.<name>.latents`.
 
-        `budget` is the mean share of tokens to keep, None for all of them. Raises InvalidInput,
-        field ``budget``, where the model cannot keep to it.
+        `budget` is the mean share of tokens to keep, None for all of them; `step_cache` lets steps
+        be left out. Raises InvalidInput, field ``budget`` or ``step_cache``, where the model cannot
+        keep to it.
         """
         ...
 

@@ -116,14 +116,14 @@ class Pruning:
         else:
             with self._handle.together(pruned):
                 yield
-            self._count(members)
         if self._compiled is not None:
             self._measure_compiler()
 
-    def _count(self, members: Sequence[tuple[LeasePruning, float]]) -> None:
+    def count(self, members: Sequence[tuple[LeasePruning, float]], *, computed: bool) -> None:
+        """The tokens of a step; one that a step cache left out computed none."""
         rows = [(lease.tokens, lease.row(sigma)) for lease, sigma in members]
         seen = sum((len(row) - 1) * tokens for tokens, row in rows if row is not None)
-        kept = sum(sum(row[1:]) for _, row in rows if row is not None)
+        kept = sum(sum(row[1:]) for _, row in rows if row is not None) if computed else 0
         self.measures = replace(
             self.measures,
             tokens_seen=self.measures.tokens_seen + seen,

@@ -18,7 +18,15 @@ import numpy as np
 import torch
 
 from kubediffusion.errors import InvalidInput
-from kubediffusion.models.base import CheckpointState, Family, LoadSpec, Lora, Model, PortValue
+from kubediffusion.models.base import (
+    CheckpointState,
+    Family,
+    LoadSpec,
+    Lora,
+    Model,
+    PortValue,
+    StepCache,
+)
 
 WIDTH = 8
 SIDE = 8
@@ -109,6 +117,7 @@ class StandinDenoiser(Standin):
         resume: CheckpointState | None = None,
         controlnets: Sequence[tuple[str, Model]] = (),
         budget: float | None = None,
+        step_cache: StepCache | None = None,
     ) -> StandinDenoising:
         steps = inputs.get("steps")
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:

@@ -114,6 +114,10 @@ class Admission:
             )
         if assign.stage == "denoise" and resident.denoiser is None:
             raise InvalidInput(f"model {assign.model} cannot denoise", field="stage")
+        if assign.HasField("step_cache") and assign.numerics != node_pb2.NUMERICS_FAST:
+            raise InvalidInput(
+                "a step that is left out is not exact; ask for numerics fast", field="step_cache"
+            )
         self._inputs.check(assign)
         resume = assign.lease.resume
         exact = assign.numerics != node_pb2.NUMERICS_FAST

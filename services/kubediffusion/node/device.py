@@ -298,6 +298,7 @@ class Device:
                     for helper, resident in zip(lease.helpers, task.helpers, strict=True)
                 ],
                 task.assign.budget if task.assign.HasField("budget") else None,
+                ports.step_cache_of(task.assign),
             )
             if not task.exact:
                 task.batch_key = (task.resident.identity, denoiser.batch_key(task.denoising))
@@ -355,7 +356,9 @@ class Device:
         step, total = denoising.step, denoising.total_steps
         try:
             if step >= total:
-                outputs = self._outputs(task, denoising.finish())
+                result = denoising.finish()
+                outputs = self._outputs(task, result)
+                task.warnings = _warnings(result)
                 self._drop(task)
                 self._post(self._listener.done, task, outputs)
                 return

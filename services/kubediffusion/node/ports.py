@@ -11,7 +11,7 @@ import torch
 
 from kubediffusion import tensors
 from kubediffusion.errors import InvalidInput
-from kubediffusion.models.base import CheckpointState, PortValue
+from kubediffusion.models.base import CheckpointState, PortValue, StepCache
 from kubediffusion.tensors import Scope, TensorStore
 from kubediffusion.v1alpha1 import node_pb2, tensor_pb2
 
@@ -125,6 +125,16 @@ def encode_checkpoint(state: CheckpointState, prefix: str, fingerprint: str) -> 
         total_steps=state.total_steps,
         tensors={name: inline(f"{prefix}/{name}", t) for name, t in state.tensors.items()},
         fingerprint=fingerprint,
+    )
+
+
+def step_cache_of(assign: node_pb2.Assign) -> StepCache | None:
+    """The step cache that the task asks for."""
+    if not assign.HasField("step_cache"):
+        return None
+    asked = assign.step_cache
+    return StepCache(
+        asked.method, asked.threshold, tuple(asked.ratios), asked.max_skip_steps, asked.retention
     )
 
 

@@ -153,6 +153,8 @@ class Reporter:
         if seen:
             self._child(metrics.image_tokens, model, "kept").inc(kept)
             self._child(metrics.image_tokens, model, "skipped").inc(seen - kept)
+        if now.steps_reused > before.steps_reused:
+            self._child(metrics.steps_reused, model).inc(now.steps_reused - before.steps_reused)
         if now.graphs:
             metrics.compiled_graphs.labels(model).set(now.graphs)
         spent = now.compile_seconds - before.compile_seconds

@@ -154,6 +154,11 @@ class NodeMetrics:
             "model",
             "outcome",
         )
+        self.steps_reused = counter(
+            "steps_reused",
+            "Denoising steps that a step cache left out; they are in denoise_steps too.",
+            "model",
+        )
         self.compiled_graphs = gauge(
             "compiled_graphs", "Graphs of torch.compile that the model has.", "model"
         )

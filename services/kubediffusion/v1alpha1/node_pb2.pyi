@@ -116,7 +116,7 @@ class Hello(_message.Message):
     def __init__(self, gateway_id: _Optional[str] = ..., protocol: _Optional[_Union[ProtocolRange, _Mapping]] = ..., lease_seconds: _Optional[int] = ...) -> None: ...
 
 class Assign(_message.Message):
-    __slots__ = ("key", "model", "stage", "inputs", "outputs", "loras", "lease", "workflow", "tenant", "weight", "priority", "remaining_ms", "numerics", "budget", "traceparent", "tracestate", "expected_seconds")
+    __slots__ = ("key", "model", "stage", "inputs", "outputs", "loras", "lease", "workflow", "tenant", "weight", "priority", "remaining_ms", "numerics", "budget", "traceparent", "tracestate", "expected_seconds", "step_cache")
     class InputsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +141,7 @@ class Assign(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STEP_CACHE_FIELD_NUMBER: _ClassVar[int]
     key: TaskKey
     model: str
     stage: str
@@ -158,7 +159,22 @@ class Assign(_message.Message):
     traceparent: str
     tracestate: str
     expected_seconds: float
-    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., model: _Optional[str] = ..., stage: _Optional[str] = ..., inputs: _Optional[_Mapping[str, _tensor_pb2.Value]] = ..., outputs: _Optional[_Iterable[str]] = ..., loras: _Optional[_Iterable[_Union[LoraUse, _Mapping]]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., workflow: _Optional[str] = ..., tenant: _Optional[str] = ..., weight: _Optional[float] = ..., priority: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., numerics: _Optional[_Union[Numerics, str]] = ..., budget: _Optional[float] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., expected_seconds: _Optional[float] = ...) -> None: ...
+    step_cache: StepCache
+    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., model: _Optional[str] = ..., stage: _Optional[str] = ..., inputs: _Optional[_Mapping[str, _tensor_pb2.Value]] = ..., outputs: _Optional[_Iterable[str]] = ..., loras: _Optional[_Iterable[_Union[LoraUse, _Mapping]]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., workflow: _Optional[str] = ..., tenant: _Optional[str] = ..., weight: _Optional[float] = ..., priority: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., numerics: _Optional[_Union[Numerics, str]] = ..., budget: _Optional[float] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., expected_seconds: _Optional[float] = ..., step_cache: _Optional[_Union[StepCache, _Mapping]] = ...) -> None: ...
+
+class StepCache(_message.Message):
+    __slots__ = ("method", "threshold", "ratios", "max_skip_steps", "retention")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    RATIOS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SKIP_STEPS_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    threshold: float
+    ratios: _containers.RepeatedScalarFieldContainer[float]
+    max_skip_steps: int
+    retention: float
+    def __init__(self, method: _Optional[str] = ..., threshold: _Optional[float] = ..., ratios: _Optional[_Iterable[float]] = ..., max_skip_steps: _Optional[int] = ..., retention: _Optional[float] = ...) -> None: ...
 
 class LoraUse(_message.Message):
     __slots__ = ("name", "uri", "revision", "scale", "subfolder", "weight_name")

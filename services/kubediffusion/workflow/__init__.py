@@ -4,6 +4,7 @@
 
 from kubediffusion.workflow.bind import bind, seed_from_key
 from kubediffusion.workflow.budget import choose_budget, offered_budgets, work_share
+from kubediffusion.workflow.caching import computed_share
 from kubediffusion.workflow.expand import expand
 from kubediffusion.workflow.resolve import resolve, sources
 from kubediffusion.workflow.revision import (
@@ -27,6 +28,7 @@ from kubediffusion.workflow.values import (
     Pruning,
     ResolvedWorkflow,
     Slo,
+    StepCache,
     Task,
     Value,
 )
@@ -46,10 +48,12 @@ __all__ = [
     "ResolvedWorkflow",
     "Revision",
     "Slo",
+    "StepCache",
     "Task",
     "Value",
     "bind",
     "choose_budget",
+    "computed_share",
     "decode",
     "encode",
     "expand",

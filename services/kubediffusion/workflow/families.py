@@ -80,6 +80,8 @@ class Family:
     signature: Callable[[str, str, Sequence[str]], Signature | None]
     stages: Mapping[str, tuple[str, ...]]
     facts: Mapping[str, Fact] = field(default_factory=dict[str, Fact])
+    # Methods of step caches that its denoiser can have.
+    step_caches: tuple[str, ...] = ()
     # Checks of a request that need the models' facts. Arguments: values by port of the denoiser,
     # names of their inputs, facts. Raises InvalidInput.
     check: Callable[[Mapping[str, Value], Bind, Facts], None] = lambda values, names, facts: None
@@ -241,6 +243,8 @@ SD3 = Family(
         }
     ),
     check=_sd3_check,
+    # Not first-block: it reuses text too, and the last block of SD3 gives none out.
+    step_caches=("magcache",),
 )
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({SD3.name: SD3})

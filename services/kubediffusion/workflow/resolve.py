@@ -28,6 +28,7 @@ from kubediffusion.workflow.values import (
     Pruning,
     ResolvedWorkflow,
     Slo,
+    StepCache,
 )
 
 
@@ -81,9 +82,6 @@ class _Resolver:
 
     def resolve(self) -> ResolvedWorkflow:
         spec = self._spec
-        if spec.caching is not None and spec.caching.steps is not None:
-            message = f"the {self._family.name} family has no step cache; remove it"
-            raise InvalidWorkflow(message, field="spec.caching.steps")
         loras = {x.name: self._lora(index) for index, x in enumerate(spec.loras)}
         models = self._models(tuple(loras.values()))
         roles = frozenset(models)
@@ -102,6 +100,7 @@ class _Resolver:
             slo=self._slo(),
             numerics=spec.numerics,
             pruning=self._pruning(),
+            step_cache=self._step_cache(),
         )
 
     def _slo(self) -> Slo:
@@ -120,6 +119,28 @@ class _Resolver:
             return None
         return Pruning(
             float(given.budget), float(given.min_budget or 0), float(given.max_budget or 1)
+        )
+
+    def _step_cache(self) -> StepCache | None:
+        given = self._spec.caching.steps if self._spec.caching else None
+        if given is None:
+            return None
+        if given.method not in self._family.step_caches:
+            offered = " or ".join(self._family.step_caches) or "none"
+            message = f"the {self._family.name} family's step cache is {offered}; use that"
+            raise InvalidWorkflow(message, field="spec.caching.steps.method")
+        if self._spec.numerics == "exact":
+            message = (
+                "a step that is left out is not diffusers' step, which numerics: exact promises "
+                "to equal; set numerics: fast, or remove this"
+            )
+            raise InvalidWorkflow(message, field="spec.caching.steps")
+        return StepCache(
+            given.method,
+            float(given.threshold),
+            tuple(float(ratio) for ratio in given.ratios),
+            given.max_skip_steps,
+            float(given.retention),
         )
 
     def _commit(self, source: Source) -> str:

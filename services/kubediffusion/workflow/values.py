@@ -119,6 +119,17 @@ class Pruning:
 
 
 @dataclass(frozen=True, slots=True)
+class StepCache:
+    """Of a workflow whose denoiser leaves steps out; the fields of `api.workflow.StepCache`."""
+
+    method: str
+    threshold: float
+    ratios: tuple[float, ...]
+    max_skip_steps: int
+    retention: float
+
+
+@dataclass(frozen=True, slots=True)
 class ResolvedWorkflow:
     """A workflow whose sources are pinned and whose graph is checked: ready to expand requests."""
 
@@ -131,6 +142,7 @@ class ResolvedWorkflow:
     slo: Slo
     numerics: str  # exact, fast
     pruning: Pruning | None = None  # None: the pipeline's own dense model
+    step_cache: StepCache | None = None  # None: every step is computed
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,6 +161,24 @@ CASES = {
         {f"{TRANSFORMER}.pruning": {"artifact": {"uri": "hf://o/p"}, "maxBudget": "0.5"}},
         "maxBudget is below budget",
     ),
+    "an error that a cache may make": Case(
+        WORKFLOW,
+        {"spec.caching": {"steps": {"threshold": "0.1", "ratios": ["1", "0.9"]}}},
+        {"spec.caching": {"steps": {"threshold": "0", "ratios": ["1", "0.9"]}}},
+        "the error that a reused step may have",
+    ),
+    "a cache that was calibrated": Case(
+        WORKFLOW,
+        {"spec.caching": {"steps": {"method": "first-block", "threshold": "0.1"}}},
+        {"spec.caching": {"steps": {"threshold": "0.1"}}},
+        "magcache needs the ratios of the model",
+    ),
+    "a share of first steps": Case(
+        WORKFLOW,
+        {"spec.caching.steps": {"threshold": "1", "ratios": ["1", "1"], "retention": "1"}},
+        {"spec.caching.steps": {"threshold": "1", "ratios": ["1", "1"], "retention": "1.1"}},
+        "retention is a share of the steps",
+    ),
     "a model in a pool has no pods": Case(
         WORKFLOW,
         {"spec.models.vae": {"placement": {"pool": "p"}, "drainSeconds": 5}},

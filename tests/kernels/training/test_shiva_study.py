@@ -92,15 +92,15 @@ def test_all_arms_have_the_same_samples_and_steps() -> None:
     arms = full_arms(SMALL, Estimator.BENEFIT, 1e-3)
     assert len({(a.steps, a.micro_batches, a.micro_batch, a.seed) for a in arms.values()}) == 1
     assert arms["shiva"].arm.ratios is Ratios.POLICY
-    assert len({config.key() for config in arms.values()}) == 4
-    assert len({c.key() for c in screen_arms(SMALL).values()}) == 7
+    assert len({config.key() for config in arms.values()}) == 5
+    assert len({c.key() for c in screen_arms(SMALL).values()}) == 8
 
 
 def test_arms_are_averaged_over_seeds_and_paired(tmp_path: Path) -> None:
     report = study_in(tmp_path).train_arms()
-    assert report["arms"].keys() == {"dense", "shiva", "fixed", "random"}
-    for row in report["arms"].values():
-        assert len(row["to_dense_by_seed"]) == 2
+    assert report["arms"].keys() == {"dense", "shiva", "fixed", "random", "diffcr"}
+    for name, row in report["arms"].items():
+        assert len(row["to_dense_by_seed"]) == (1 if name == "diffcr" else 2)
         assert row["to_dense"] == pytest.approx(np.mean(row["to_dense_by_seed"]))
     primary = report["primary_shiva_minus_fixed"]
     difference = report["arms"]["shiva"]["to_dense"] - report["arms"]["fixed"]["to_dense"]

@@ -14,7 +14,7 @@ from tiny_student import RandomSource, student_of
 from shiva_kernels.errors import ShivaError
 from shiva_kernels.estimators import Estimator
 from shiva_kernels.training.config import Arm, Ratios, Scores, Steps, TrainConfig
-from shiva_kernels.training.logs import read_log
+from shiva_kernels.training.logs import CsvLog, read_log
 from shiva_kernels.training.student import Student
 from shiva_kernels.training.trainer import Trainer, annealed
 
@@ -77,6 +77,20 @@ def test_a_restart_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert not changed(one, other)
     rows = read_log(tmp_path / "parts" / "log.csv")
     assert [row["step"] for row in rows] == ["3", "6"]
+
+
+def test_a_log_takes_in_what_a_later_stage_tells(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    log = CsvLog(path, after_step=0)
+    log.write(1, {"loss": 0.5}, stage="router")
+    log.write(2, {"loss": 0.25, "budget": 0.1}, stage="policy")
+    log.write(3, {"budget": 0.2}, stage="policy")
+    CsvLog(path, after_step=2).write(3, {"loss": 0.125}, stage="joint")
+    assert [list(row.values()) for row in read_log(path)] == [
+        ["1", "router", "0.5", ""],
+        ["2", "policy", "0.25", "0.1"],
+        ["3", "joint", "0.125", ""],
+    ]
 
 
 def test_another_configs_checkpoint_is_refused(tmp_path: Path) -> None:

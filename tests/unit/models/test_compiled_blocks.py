@@ -17,7 +17,7 @@ from random_artifacts import make_artifact
 from kubediffusion import models
 from kubediffusion.errors import UnsupportedModel
 from kubediffusion.models import pruning
-from kubediffusion.models.base import LoadSpec, Model
+from kubediffusion.models.base import LoadSpec, Model, StepCache
 
 SpecOf = Callable[..., LoadSpec]
 # Two kinds of blocks, each for some rows and texts, for any of both, and for a single row.
@@ -56,9 +56,16 @@ def inputs(**changes: Any) -> dict[str, Any]:
     return {**prompts, **size, **numbers, **changes}
 
 
-def drawn(model: Any, budget: float | None, count: int = 1, **changes: Any) -> torch.Tensor:
+def drawn(
+    model: Any,
+    budget: float | None,
+    count: int = 1,
+    step_cache: StepCache | None = None,
+    **changes: Any,
+) -> torch.Tensor:
     """Latents of the first of `count` leases that go together."""
-    leases = [model.start(inputs(**changes), budget=budget) for _ in range(count)]
+    given = inputs(**changes)
+    leases = [model.start(given, budget=budget, step_cache=step_cache) for _ in range(count)]
     while leases[0].step < leases[0].total_steps:
         model.advance(leases)
     return leases[0].latents
@@ -88,6 +95,10 @@ def test_no_request_of_any_shape_or_budget_waits_for_a_compiler(
     for budget, count, changes in requests:
         ours, theirs = (drawn(each, budget, count, **changes) for each in (compiled, eager))
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    cache = StepCache("magcache", 1.0, (1.0, 1.0))
+    ours, theirs = (drawn(each, 0.6, step_cache=cache, steps=5) for each in (compiled, eager))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert compiled.measures.steps_reused == 3
     assert compiled.measures.graphs == GRAPHS
     assert compiled.measures.tokens_kept > 0
 

@@ -12,8 +12,15 @@ from sd3_case import HEAD, INDEX, LORAS, controls, resolved, without
 
 from kubediffusion.api import load_workflow
 from kubediffusion.errors import InvalidWorkflow
-from kubediffusion.workflow import PipelineIndex, ResolvedWorkflow, resolve, sources
+from kubediffusion.workflow import (
+    PipelineIndex,
+    ResolvedWorkflow,
+    StepCache,
+    resolve,
+    sources,
+)
 
+CACHING = "  caching: {steps: {threshold: '0.1', ratios: ['1', '0.9']}}\n"
 GRAPH = yaml.safe_load((Path(__file__).parents[3] / "examples/graph.yaml").read_text())
 
 
@@ -75,7 +82,18 @@ def test_overrides() -> None:
             "spec.models.transformer.attentionBackend",
             "cannot do that",
         ),
-        ("  caching: {steps: {threshold: '0.1'}}\n", "spec.caching.steps", "no step cache"),
+        (CACHING, "spec.caching.steps", "numerics: fast"),
+        (
+            "  caching: {steps: {method: first-block, threshold: '0.1'}}\n",
+            "spec.caching.steps.method",
+            "step cache is magcache",
+        ),
+        ("  caching: {steps: {threshold: '0.1'}}\n", "spec.caching.steps.ratios", "needs the"),
+        (
+            "  caching: {steps: {threshold: '0', ratios: ['1', '1']}}\n",
+            "spec.caching.steps.threshold",
+            "above 0",
+        ),
         ("  inputs: {stepz: {default: 3}}\n", "spec.inputs.stepz", "did you mean steps"),
         ("  inputs: {steps: {default: 0}}\n", "spec.inputs.steps.default", "1 to 1000"),
         ("  inputs: {steps: {default: many}}\n", "spec.inputs.steps.default", "whole number"),
@@ -93,6 +111,12 @@ def test_each_wrong_field_is_named(extra: str, field: str, words: str) -> None:
     found = refused(extra)
     assert found.field == field
     assert words in found.message
+
+
+def test_a_step_cache_is_as_it_is_written() -> None:
+    found = resolved("  numerics: fast\n" + CACHING).step_cache
+    assert found == StepCache("magcache", 0.1, (1.0, 0.9), 3, 0.2)
+    assert resolved().step_cache is None
 
 
 def test_a_pipeline_of_another_architecture() -> None:

@@ -78,6 +78,24 @@ def test_a_wrong_budget_is_refused_before_anything_is_placed() -> None:
         assert info.value.field == "budget"
 
 
+def test_a_step_cache_goes_along_and_counts_as_less_work() -> None:
+    cache = wf.StepCache("magcache", 0.06, (1.0, 0.99, 0.99), 3, 0.2)
+    cached = replace(workflow(), step_cache=cache)
+    ours, whole = planned(cached)["denoise"], planned(workflow())["denoise"]
+    assert ours.template.step_cache.threshold == 0.06
+    assert list(ours.template.step_cache.ratios) == [1.0, 0.99, 0.99]
+    assert ours.units == pytest.approx(whole.units * wf.computed_share(cache, 10))
+    assert ours.units < whole.units
+    assert not whole.template.HasField("step_cache")
+
+
+def test_an_exact_request_computes_every_step() -> None:
+    cached = replace(workflow(), step_cache=wf.StepCache("magcache", 0.06, (1.0, 0.99), 3, 0.2))
+    exact = planned(cached, numerics="exact")["denoise"]
+    assert not exact.template.HasField("step_cache")
+    assert exact.units == planned(workflow())["denoise"].units
+
+
 def test_exact_numerics_of_a_compiled_model_are_refused() -> None:
     compiled = workflow("compile: default")
     assert planned(compiled)["denoise"].template.numerics == node_pb2.NUMERICS_FAST

@@ -18,7 +18,7 @@ import torch
 
 from kubediffusion import rpc
 from kubediffusion.errors import InvalidInput, SourceUnavailable, UnsupportedModel
-from kubediffusion.models.base import CheckpointState, Family, LoadSpec, Lora
+from kubediffusion.models.base import CheckpointState, Family, LoadSpec, Lora, StepCache
 from kubediffusion.node.config import NodeConfig
 from kubediffusion.node.library import Library
 from kubediffusion.node.server import NodeServer
@@ -104,6 +104,7 @@ class PuppetModel:
         self.unloaded = False
         self.loras: list[Sequence[Lora]] = []
         self.budgets: dict[str, float | None] = {}
+        self.step_caches: dict[str, StepCache | None] = {}
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -140,9 +141,11 @@ class PuppetDenoiser(PuppetModel):
         resume: CheckpointState | None = None,
         controlnets: Sequence[Any] = (),
         budget: float | None = None,
+        step_cache: StepCache | None = None,
     ) -> PuppetDenoising:
         label = str(inputs.get("label", "lease"))
         self.budgets[label] = budget
+        self.step_caches[label] = step_cache
         if resume is not None:
             latents = resume.tensors["latents"]
             return PuppetDenoising(label, latents, resume.step, resume.total_steps)

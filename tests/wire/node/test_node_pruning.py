@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import generate_latest
 from puppets import Rig
 
-from kubediffusion.models.base import Measures
+from kubediffusion.models.base import Measures, StepCache
 from kubediffusion.v1alpha1 import node_pb2
 
 FAST = node_pb2.NUMERICS_FAST
@@ -23,6 +23,22 @@ async def test_a_leases_budget_reaches_the_denoiser(rig: Rig) -> None:
     for request in ("pruned", "dense"):
         await gateway.event("done", request)
     assert rig.shelf.models["dit"].budgets == {"pruned": 0.6, "dense": None}
+
+
+async def test_a_leases_step_cache_reaches_the_denoiser(rig: Rig) -> None:
+    gateway = await rig.gateway()
+    asked = node_pb2.StepCache(
+        method="magcache", threshold=0.5, ratios=[1.0, 0.5], max_skip_steps=3, retention=0.25
+    )
+    await gateway.denoise("cached", step_cache=asked, numerics=FAST)
+    await gateway.denoise("plain")
+    for request in ("cached", "plain"):
+        await gateway.event("done", request)
+    cache = StepCache("magcache", 0.5, (1.0, 0.5), 3, 0.25)
+    assert rig.shelf.models["dit"].step_caches == {"cached": cache, "plain": None}
+    await gateway.denoise("exact", step_cache=asked)
+    failed = await gateway.event("failed", "exact")
+    assert failed.field == "step_cache"
 
 
 async def test_who_shares_a_step_is_asked_before_each(
@@ -47,6 +63,7 @@ async def test_who_shares_a_step_is_asked_before_each(
 async def test_a_models_own_counts_are_told_as_they_grow(rig: Rig) -> None:
     model = rig.shelf.models["dit"]
     model.measures = Measures(tokens_seen=100, tokens_kept=60, graphs=2, compile_seconds=1.5)
+    model.measures = replace(model.measures, steps_reused=7)
     resident = rig.server.residency.ready_model("dit")
     assert resident is not None
     resident.hold(model)
@@ -62,6 +79,7 @@ async def test_a_models_own_counts_are_told_as_they_grow(rig: Rig) -> None:
         assert found['image_tokens_total{model="dit",outcome="skipped"}'] == 40
         assert found['compiled_graphs{model="dit"}'] == 2
         assert found['compile_seconds_total{model="dit"}'] == 1.5
+        assert found['steps_reused_total{model="dit"}'] == 7
     model.measures = replace(model.measures, tokens_seen=200, tokens_kept=130)
     assert told()['image_tokens_total{model="dit",outcome="skipped"}'] == 70
     await rig.plan(2, [])

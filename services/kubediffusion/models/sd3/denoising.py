@@ -12,6 +12,7 @@ import torch
 
 from kubediffusion.errors import InvalidInput
 from kubediffusion.models.base import CheckpointState, PortValue
+from kubediffusion.models.caching import LeaseCache
 from kubediffusion.models.preview import picture_of
 from kubediffusion.models.pruning import LeasePruning
 from kubediffusion.models.random import generator_of, state_of
@@ -39,8 +40,11 @@ class Sd3Denoising:
         # the whole grid, also where the request begins later or was resumed, and of its steps.
         self.sigmas = _levels(scheduler, scheduler.timesteps)
         self._own_sigmas = _levels(scheduler, timesteps)
-        # How many tokens it keeps, at which step; the denoiser says so.
+        # How many tokens it keeps, at which step, and which steps it leaves out; the denoiser says
+        # so.
         self.pruning = LeasePruning(None, 0)
+        self.step_cache: LeaseCache | None = None
+        self._resumed_at = step
         self._step = step
         # What the last step started from: latents, velocity, timestep; for previews.
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -74,7 +78,13 @@ class Sd3Denoising:
         return picture_of(latents - sigma * velocity)
 
     def finish(self) -> Mapping[str, PortValue]:
-        return {"latents": self.latents}
+        outputs: dict[str, PortValue] = {"latents": self.latents}
+        if self.step_cache is not None and 0 < self._resumed_at < self.total_steps:
+            outputs["warnings"] = [
+                f"the request went on from a checkpoint after step {self._resumed_at}, and its "
+                "step cache began anew there: uninterrupted it may draw a slightly other picture"
+            ]
+        return outputs
 
     def apply(self, velocity: torch.Tensor) -> None:
         """One step of the sampler, from the model's guided output (1, C, h, w)."""

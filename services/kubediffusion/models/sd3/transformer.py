@@ -5,13 +5,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 from kubediffusion.errors import InvalidInput
-from kubediffusion.models.base import CheckpointState, LoadSpec, Lora, Measures, Model, PortValue
+from kubediffusion.models.base import (
+    CheckpointState,
+    LoadSpec,
+    Lora,
+    Measures,
+    Model,
+    PortValue,
+    StepCache,
+)
+from kubediffusion.models.caching import LateResiduals, LeaseCache, StepCaches, lease_cache
 from kubediffusion.models.loading import load_module, nbytes_of
 from kubediffusion.models.lora import Adapters
 from kubediffusion.models.pruning import LeasePruning, Pruning
@@ -30,6 +40,7 @@ class Sd3Transformer:
         self.spec = spec
         self._module: Any = load_module(spec, SD3Transformer2DModel)
         self._pruning = Pruning(spec, self._module)  # before LoRAs
+        self._caches = StepCaches(self._module)
         self._adapters = Adapters(self._module, "transformer")
         self._conditioner = Conditioner(self._module)
         self._sampling = Sampling(spec, self._module)
@@ -43,7 +54,7 @@ class Sd3Transformer:
 
     @property
     def measures(self) -> Measures:
-        return self._pruning.measures
+        return replace(self._pruning.measures, steps_reused=self._caches.steps_reused)
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +66,7 @@ class Sd3Transformer:
         raise InvalidInput(f"a transformer has no one-shot stage {stage!r}", field="stage")
 
     def unload(self) -> None:
-        del self._module, self._adapters, self._conditioner, self._pruning
+        del self._module, self._adapters, self._conditioner, self._pruning, self._caches
 
     def start(
         self,
@@ -64,6 +75,7 @@ class Sd3Transformer:
         resume: CheckpointState | None = None,
         controlnets: Sequence[tuple[str, Model]] = (),
         budget: float | None = None,
+        step_cache: StepCache | None = None,
     ) -> Sd3Denoising:
         """Raises InvalidInput naming the port at fault."""
         with torch.inference_mode():
@@ -79,6 +91,10 @@ class Sd3Transformer:
                 sampler = generator_of(inputs.get("seed"))
                 denoising = Sd3Denoising(conditioning, scheduler, timesteps, latents, sampler)
             denoising.pruning = self._prune(denoising, budget)
+            if step_cache is not None:
+                grid = len(denoising.sigmas)
+                first = grid - denoising.total_steps + denoising.step
+                denoising.step_cache = lease_cache(step_cache, grid=grid, first_step=first)
             return denoising
 
     def _prune(self, denoising: Sd3Denoising, budget: float | None) -> LeasePruning:
@@ -92,10 +108,11 @@ class Sd3Transformer:
         )
 
     def batch_key(self, denoising: Any) -> object:
-        """Equal keys share a forward. ControlNets have one scale a call: such leases go alone.
-        Pruned ones share where both keep as many tokens in each block."""
+        """Equal keys share a forward. ControlNets have one scale a call, and a step cache reuses
+        for one request: such leases go alone. Pruned ones share where both keep as many tokens in
+        each block."""
         c = denoising.conditioning
-        if c.controls:
+        if c.controls or denoising.step_cache is not None:
             return denoising
         loras = tuple((lora.path, lora.weight_name, lora.scale) for lora in c.loras)
         row = None
@@ -106,11 +123,13 @@ class Sd3Transformer:
     def advance(self, batch: Sequence[Any]) -> None:
         self._adapters.use(batch[0].conditioning.loras)
         members = [(denoising.pruning, denoising.sigma) for denoising in batch]
-        with torch.inference_mode(), self._pruning.step(members):
+        cache: LeaseCache | None = batch[0].step_cache
+        with torch.inference_mode(), self._caches.step(cache), self._pruning.step(members):
             if len(batch) == 1:
                 batch[0].apply(self._velocity(batch[0]))
             else:
                 self._advance_together(batch)
+        self._pruning.count(members, computed=cache is None or not cache.reuses)
 
     # ------------------------------------------------------------ one request
 
@@ -123,7 +142,7 @@ class Sd3Transformer:
             timestep=timestep,
             encoder_hidden_states=c.embeds,
             pooled_projections=c.pooled,
-            block_controlnet_hidden_states=_residuals(denoising, latents, timestep),
+            block_controlnet_hidden_states=_added(denoising, latents, timestep),
             return_dict=False,
         )[0]
         if c.branches == 1:
@@ -149,6 +168,15 @@ class Sd3Transformer:
             out = negative + scales.view(-1, 1, 1, 1) * (positive - negative)
         for denoising, velocity in zip(batch, out.split(1), strict=True):
             denoising.apply(velocity)
+
+
+def _added(denoising: Sd3Denoising, latents: torch.Tensor, timestep: torch.Tensor) -> Any:
+    """The residuals of the request's ControlNets; of a lease with a step cache, when asked for."""
+    controls, cache = denoising.conditioning.controls, denoising.step_cache
+    if not controls or cache is None:
+        return _residuals(denoising, latents, timestep)
+    count = len(controls[0].net.controlnet_blocks)
+    return LateResiduals(count, cache, lambda: _residuals(denoising, latents, timestep) or ())
 
 
 def _residuals(
