@@ -90,7 +90,7 @@ class _Watched(KubeDiffusion):
 
     def decide(self, now):
         actions = super().decide(now)
-        for ticket in self._heads():
+        for ticket in self.waiting.heads():
             assert not (self.board.idle & self.board.holders[ticket.waits]), "idle beside work"
         return actions
 
