@@ -24,7 +24,7 @@ from typing import Any
 
 from kubediffusion.cli.simulate import published_data, read_json
 from kubediffusion.simulate.bound import best_attainment, reaches_by_family
-from kubediffusion.simulate.engine import Fault, Options
+from kubediffusion.simulate.outcome import Fault, Options
 from kubediffusion.simulate.scenario import Result, Scenario, jobs_for, simulate
 from kubediffusion.simulate.settings import (
     SETTINGS,

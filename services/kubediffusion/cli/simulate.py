@@ -158,8 +158,8 @@ def _row(asked: Asked, scenario: Scenario) -> dict[str, Any]:
 
 def scenario_of(asked: Asked) -> Scenario:
     """Reads the files. Raises InvalidInput with the name of what is wrong."""
-    from kubediffusion.simulate.engine import Fault, Options
     from kubediffusion.simulate.fleet import POLICIES
+    from kubediffusion.simulate.outcome import Fault, Options
     from kubediffusion.simulate.scenario import Scenario
     from kubediffusion.simulate.settings import costs_of, published_setting, setting_of, tables_of
     from kubediffusion.simulate.workload import parse_trace

@@ -13,8 +13,9 @@ from kubediffusion.scheduling.costs import Costs
 from kubediffusion.scheduling.pipelines import Job
 from kubediffusion.scheduling.policies.diflow import Tables
 from kubediffusion.simulate.bound import best_attainment
-from kubediffusion.simulate.engine import Options, Outcome, Simulation
+from kubediffusion.simulate.engine import Simulation
 from kubediffusion.simulate.fleet import Build, build_fleet
+from kubediffusion.simulate.outcome import Options, Outcome
 from kubediffusion.simulate.settings import Setting
 from kubediffusion.simulate.workload import (
     Arrival,

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from kubediffusion.scheduling.costs import Costs, Link, ModelCosts, Run
 from kubediffusion.scheduling.pipelines import Job, Pipeline, Sizes
 from kubediffusion.scheduling.policies.diflow import Tables
-from kubediffusion.simulate.engine import Fault, FaultKind, Options, Outcome, Simulation
+from kubediffusion.simulate.engine import Simulation
 from kubediffusion.simulate.fleet import Build, build_fleet
+from kubediffusion.simulate.outcome import Fault, FaultKind, Options, Outcome
 from kubediffusion.simulate.settings import Setting
 from kubediffusion.simulate.workload import Families
 

@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kubediffusion.scheduling.policies.kubediffusion import KubeDiffusion
-from kubediffusion.simulate.engine import Options
 from kubediffusion.simulate.fleet import POLICIES
+from kubediffusion.simulate.outcome import Options
 
 everyone = pytest.mark.parametrize("policy", POLICIES)
 few = settings(max_examples=25, deadline=None)
