@@ -3,9 +3,9 @@
 """The discrete-event core: machines carry out what policies decide.
 
 Everything that happens at one instant is told before the policies are asked, so that simultaneous
-arrivals are seen together. Several gateways each have a policy of their own over the same machines: what the others
-do they learn from reports that are `report_interval` seconds apart, and a machine that is taken
-declines what assumed that it is idle.
+arrivals are seen together. Several gateways each have a policy of their own over the same machines:
+what the others do they learn from reports that are `report_interval` seconds apart, and a machine
+that is taken declines what assumed that it is idle.
 """
 
 from __future__ import annotations
