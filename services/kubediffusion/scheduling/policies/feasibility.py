@@ -7,8 +7,11 @@ scheduling on like machines (Horn, 1974): with `left` seconds before `deadline`,
 start `lst = deadline - left`, a request must get at least `min(left, max(0, D - lst))` before any
 moment D. Everybody can be on time if, for every D, these demands sum to no more than the nodes have
 until then. Where they sum to more, the one with the largest demand goes, as in Moore and Hodgson's
-rule. Nodes that only some requests can use are tested by themselves. With a floor, no family gives
-more than its share while another still can.
+rule. Nodes that only some requests can use are tested by themselves.
+
+Among several tenants the one that had and claims most for its weight gives: overloaded nodes are
+shared by weight, and who asks for less than its share goes before those who ask for more. With a
+floor, no family gives more than its share while another still can.
 
 Most tests are over before any sum is made: n nodes are enough until the (n+1)th latest start, and
 again from the moment at which they could have done all that is left.
@@ -16,9 +19,10 @@ again from the moment at which they could have done all that is left.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kubediffusion.scheduling.policies.tenants import Tenants
 from kubediffusion.scheduling.policies.tickets import Claim, Lease, Ticket
 from kubediffusion.scheduling.policy import Work
 
@@ -56,6 +60,7 @@ class Claims:
     def __init__(self, keys: int, ledger: Ledger, optimism: float) -> None:
         self._ledger = ledger
         self._optimism = optimism
+        self.tenants = Tenants()
         # By key, in the order of arrival.
         self._by_key: list[dict[int, Claim]] = [{} for _ in range(keys)]
         self._running: dict[int, Claim] = {}
@@ -112,10 +117,51 @@ class Claims:
         for nodes, keys in self._groups[order]:
             members = [claim for key in keys for claim in self._by_key[key].values()]
             for moment in _overloads(members, nodes, now):
-                victim = _choose(members, moment, self._ledger)
+                victim = self._choose(members, moment, now)
                 if victim is not None:
                     return victim
         return None
+
+    def _choose(self, claims: Sequence[Claim], moment: float, now: float) -> Ticket | None:
+        """Of those that claim something before `moment`, the one whose loss helps most."""
+        able = [
+            (min(claim.left, moment - claim.lst), claim.ticket)
+            for claim in claims
+            if claim.lst < moment and not claim.ticket.begun and claim.ticket.work is None
+        ]
+        if not able:
+            return None
+        lowest = min(ticket.job.priority for _, ticket in able)
+        able = [each for each in able if each[1].job.priority == lowest]
+        tenants = {ticket.job.tenant: ticket.job.weight for _, ticket in able}
+        if len(tenants) > 1:
+            greediest = self._greediest(tenants, claims, moment, now)
+            able = [each for each in able if each[1].job.tenant == greediest]
+        able = self._of_families_that_give(able)
+        return max(able, key=lambda each: (each[0], each[1].job.arrival))[1]
+
+    def _greediest(
+        self, tenants: Mapping[str, float], claims: Sequence[Claim], moment: float, now: float
+    ) -> str:
+        """Who had lately, has running and claims before `moment` the most for its weight."""
+        sums = {tenant: self.tenants.of(tenant, now) for tenant in tenants}
+        for claim in claims:
+            tenant = claim.ticket.job.tenant
+            if tenant in sums and claim.lst < moment:
+                sums[tenant] += min(claim.left, moment - claim.lst)
+        return max(sums, key=lambda tenant: (sums[tenant] / tenants[tenant], tenant))
+
+    def _of_families_that_give(
+        self, able: list[tuple[float, Ticket]]
+    ) -> list[tuple[float, Ticket]]:
+        ledger = self._ledger
+        if ledger.floor <= 0.0:
+            return able
+        givers = [each for each in able if ledger.can_give(each[1].shape.family)]
+        if givers:
+            return givers
+        least = min(ledger.ratio(ticket.shape.family) for _, ticket in able)
+        return [each for each in able if ledger.ratio(each[1].shape.family) <= least]
 
 
 def _groups(keys: Sequence[int], holders: Sequence[set[int]]) -> list[tuple[int, tuple[int, ...]]]:
@@ -188,23 +234,3 @@ def _sweep(
         slope, at = slope + change, moment
         if demand > nodes * (at - now) + _EPS:
             yield at
-
-
-def _choose(claims: Sequence[Claim], moment: float, ledger: Ledger) -> Ticket | None:
-    """Of those that claim something before `moment`, the one whose loss helps most."""
-    able = [
-        (min(claim.left, moment - claim.lst), claim.ticket)
-        for claim in claims
-        if claim.lst < moment and not claim.ticket.begun and claim.ticket.work is None
-    ]
-    if not able:
-        return None
-    lowest = min(ticket.job.priority for _, ticket in able)
-    able = [each for each in able if each[1].job.priority == lowest]
-    if ledger.floor > 0.0:
-        givers = [each for each in able if ledger.can_give(each[1].shape.family)]
-        if not givers:
-            least = min(ledger.ratio(ticket.shape.family) for _, ticket in able)
-            givers = [each for each in able if ledger.ratio(each[1].shape.family) <= least]
-        able = givers
-    return max(able, key=lambda each: (each[0], each[1].job.arrival))[1]

@@ -125,6 +125,7 @@ class KubeDiffusion:
 
     def _close(self, ticket: Ticket, now: float) -> None:
         self._claims.close(ticket)
+        self._claims.tenants.serve(ticket.job.tenant, ticket.shape.whole, now)
         if now > ticket.job.deadline:
             self.ledger.lost[ticket.shape.family] += 1
         self._out.append(Finish(ticket.job))
