@@ -11,6 +11,7 @@ from typing import Any
 from kubediffusion.errors import InvalidInput
 from kubediffusion.scheduling.costs import Costs, ModelCosts
 from kubediffusion.scheduling.pipelines import Pipeline
+from kubediffusion.scheduling.policies.dedicated import Dedicated, dedicated_plan
 from kubediffusion.scheduling.policies.diflow import DiFlow, Tables
 from kubediffusion.scheduling.policies.kubediffusion import KubeDiffusion, Parameters
 from kubediffusion.scheduling.policies.monolith import (
@@ -166,6 +167,15 @@ def _kubediffusion(**preset: Any) -> Callable[[Build], Fleet]:
     return make
 
 
+def _dedicated(build: Build) -> Fleet:
+    costs = build.costs
+    machines = _machines(build, build.setting.node_bytes)
+    plan = dedicated_plan(build.pipelines, costs, build.mix, build.gpus)
+    _hold(machines, plan, costs)
+    policies: list[Policy] = [Dedicated(records(machines), costs) for _ in range(build.gateways)]
+    return Fleet(machines, policies, costs)
+
+
 def _diflow(*, early_abort: bool = True) -> Callable[[Build], Fleet]:
     def make(build: Build) -> Fleet:
         setting, costs = build.setting, build.costs
@@ -192,6 +202,7 @@ _MAKERS: dict[str, Callable[[Build], Fleet]] = {
     "shepherd": _partitioned(_by_load),
     "clockwork": _swapping(aware=False),
     "clockwork-aware": _swapping(aware=True),
+    "dedicated": _dedicated,
     "diflow": _diflow(),
     "diflow-no-abort": _diflow(early_abort=False),
     "kubediffusion": _kubediffusion(),

@@ -80,7 +80,7 @@ def build(gpus: int, gigabytes: float = 20.0, gateways: int = 1, **parameters) -
 
 class Audited(Simulation):
     """Raises where something happens that never may. `whole`: a request is in one place at a time
-    (DiFlow's branches are not)."""
+    (DiFlow's branches are not, nor encoders on nodes of their own)."""
 
     def __init__(self, *arguments, whole: bool = True, **keywords) -> None:
         super().__init__(*arguments, **keywords)
@@ -155,7 +155,7 @@ def simulated(
     gateways = built.gateways
     simulation = Audited(
         fleet.machines, fleet.policies, jobs, fleet.costs, options or Options(),
-        whole=not policy.startswith("diflow"),
+        whole=not policy.startswith(("diflow", "dedicated")),
         gateway_of=(lambda each: each.id % gateways) if gateways > 1 else None,
     )  # fmt: skip
     return simulation.run(), simulation
