@@ -83,6 +83,13 @@ def grid(seeds: Sequence[int]) -> Iterator[Task]:
                     yield Task("grid", setting, policy, seed, variant)
 
 
+def days(seeds: Sequence[int]) -> Iterator[Task]:
+    for variant in ("always", "10", "30", "60", "120"):
+        for setting in SETTINGS:
+            for seed in seeds[:2]:
+                yield Task("autoscale", setting, "kubediffusion", seed, variant)
+
+
 def _append(table: str, row: Mapping[str, Any]) -> None:
     path = path_of(table)
     new = not path.exists()
@@ -162,6 +169,7 @@ def run_tables(seeds: Sequence[int], jobs: int, *, full: bool) -> None:
     run_all(fleets(seeds[:3], DIFLOW[:1]), jobs)
     if full:
         run_all(grid(seeds), jobs)
+        run_all(days(seeds), jobs)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from kubediffusion.cli.simulate import published_data, read_json
+from kubediffusion.scaling import Limits
 from kubediffusion.scheduling.costs import Costs, Link
 from kubediffusion.scheduling.policies.diflow import Tables
+from kubediffusion.simulate.autoscale import Autoscaling
 from kubediffusion.simulate.bound import best_attainment, reaches_by_family
 from kubediffusion.simulate.outcome import Fault, Options
 from kubediffusion.simulate.scenario import Result, Scenario, jobs_for, simulate
 from kubediffusion.simulate.settings import SETTINGS, costs_of, published_setting, tables_of
 from kubediffusion.simulate.sweep import largest_rate, sweep_burst, sweep_gpus
-from kubediffusion.simulate.workload import Trace, label_mix, parse_trace
+from kubediffusion.simulate.workload import Trace, Wave, label_mix, parse_trace
 
 RESULTS = Path(__file__).parent / "results" / "fleet"
 SHARE = 0.9
@@ -153,6 +155,8 @@ def _gpus_row(task: Task) -> dict[str, Any]:
 
 # Bytes a node in the lean mode: a cap as a user would write it into a spec.
 LEAN = {"S-a": 45e9, "S-b": 30e9, "S-c": 45e9, "S-d": 50e9, "S-e": 50e9, "S-f": 45e9, "S-g": 45e9}
+# The most of a day's load, as a share of the largest rate that the whole fleet serves.
+PEAK = 0.9
 # Loads from pinned memory take so much of what others take; a Shiva budget's denoiser steps too.
 PINNED, SHIVA = 0.2, 0.6
 
@@ -188,6 +192,24 @@ def _grid_row(task: Task) -> dict[str, Any]:
     return row | {"gigabytes": held.outcome.peak_bytes / held.nodes / 1e9}
 
 
+def _autoscale_row(task: Task) -> dict[str, Any]:
+    """An hour in which the load goes up and down once, to what the whole fleet just serves; a node
+    serves `variant` seconds after it was asked for, or is always there."""
+    most = published_setting(task.setting).gpus
+    rate = GUESS[task.policy][SETTINGS.index(task.setting)] * PEAK / (1.0 + Wave().depth)
+    more: dict[str, Any] = {}
+    if task.variant != "always":
+        limits = Limits(max(2, most // 4), most, target=1.0)
+        more["autoscaling"] = Autoscaling(limits, startup=float(task.variant))
+    result = simulate(scenario(task, rate=rate, repeats=30, arrivals="wave", **more))
+    outcome = result.outcome
+    return {
+        "attainment": result.attainment,
+        "worst_family": result.worst_family,
+        "nodes": outcome.node_seconds / outcome.end,
+    }
+
+
 def measured_links() -> tuple[Link, Link]:
     """Pulling tensors as this repository measured it (results/tensors.csv): by shared memory on a
     host, by gRPC between hosts; what a small one adds to a call is paid by all."""
@@ -210,6 +232,7 @@ ROWS: dict[str, Callable[[Task], dict[str, Any]]] = {
     "bursts": _burst_row,
     "gpus": _gpus_row,
     "grid": _grid_row,
+    "autoscale": _autoscale_row,
 }
 
 

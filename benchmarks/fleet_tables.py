@@ -60,6 +60,8 @@ def write_summary() -> None:
         "## Variations of kubediffusion: largest rate, all requests", "", *_grid_table(), "",
         "## What models take, GB a GPU", "", *_memory_table(), "",
         "## 600 s instead of 120: largest rate, all requests", "", *_steady_table(), "",
+        "## A day with nodes that come and go: on time (GPUs there on average)", "",
+        *_days(), "",
         "## Small instances: share of the offline optimum (instances where it is reached)", "",
         *_optimum(), "",
     ]  # fmt: skip
@@ -159,6 +161,21 @@ def _steady_table() -> list[str]:
     values = summary_of("grid", "overall")
     policies = dict.fromkeys(key[1] for key in values if key[2] == "600s")
     return [*_header(SETTINGS), *(_cells(each, values, each, "600s") for each in policies)]
+
+
+def _days() -> list[str]:
+    shares, nodes = summary_of("autoscale", "attainment"), summary_of("autoscale", "nodes")
+    out = _header(SETTINGS, "seconds until a node serves")
+    for variant in sorted(
+        {key[2] for key in shares}, key=lambda each: (each != "always", len(each))
+    ):
+        keys = [(s, "kubediffusion", variant) for s in SETTINGS]
+        cells = (
+            f"{100 * shares[key][0]:.1f} % ({nodes[key][0]:.1f})" if key in shares else "–"
+            for key in keys
+        )
+        out.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return out
 
 
 def _optimum() -> list[str]:

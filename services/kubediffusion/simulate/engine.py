@@ -57,6 +57,7 @@ class Simulation(Floor):
         self._touched: set[int] = set()
         self._owner: dict[int, int] = {}
         self._open = len(jobs)
+        self._came = 0
         self._hooks = list(hooks)
         # Works that were lost with a node that nobody knows to be lost.
         self._unnoticed: dict[int, list[Work]] = {}
@@ -107,12 +108,15 @@ class Simulation(Floor):
             self._push(self.options.report_interval, Kind.REPORT, None)
         for time, hook in self._hooks:
             self._push(time, Kind.SCALE, hook)
+        for machine in self.machines:
+            self._show(machine)
         for policy in self.policies:
             policy.fleet_changed(0.0)
         self._touched.update(range(len(self.policies)))
         self._decide()
 
     def _arrive(self, job: Job) -> None:
+        self._came += 1
         gateway = self._gateway_of(job)
         self.policies[gateway].arrived(job, self.now)
         self._touched.add(gateway)
@@ -248,6 +252,8 @@ class Simulation(Floor):
             self._begin(machine, machine.queue.popleft())
 
     def _show(self, machine: Machine) -> None:
+        if self.options.timeline:
+            self.outcome.memory.append((self.now, machine.index, machine.used))
         for policy in self.policies:
             policy.nodes[machine.index].resident = dict(machine.resident)
 
@@ -275,6 +281,32 @@ class Simulation(Floor):
         following = hook(self, self.now)
         if following is not None:
             self._push(following, Kind.SCALE, hook)
+
+    # ---------------------------------------------------------------- nodes that come and go
+
+    @property
+    def in_system(self) -> int:
+        """Requests that have come and are neither finished nor shed."""
+        return self._came - len(self.outcome.finished) - len(self.outcome.shed)
+
+    def at(self, time: float, hook: Hook) -> None:
+        """Calls `hook` then, and again when it says."""
+        self._push(time, Kind.SCALE, hook)
+
+    def open_node(self, index: int) -> None:
+        """It serves from now on, with the models that it has."""
+        self.machines[index].up = True
+        self._tell_up(index, up=True)
+
+    def close_node(self, index: int) -> None:
+        """It ends what it runs, and is given nothing any more."""
+        self._tell_up(index, up=False)
+
+    def _tell_up(self, index: int, *, up: bool) -> None:
+        for gateway, policy in enumerate(self.policies):
+            policy.nodes[index].up = up
+            policy.fleet_changed(self.now)
+            self._touched.add(gateway)
 
     # ---------------------------------------------------------------- faults
 

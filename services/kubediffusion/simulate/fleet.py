@@ -48,6 +48,8 @@ class Build:
     gateways: int = 1
     tables: Tables = field(default_factory=Tables)
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    # So many nodes are there at the start; None: all.
+    initial: int | None = None
 
     @property
     def pipelines(self) -> list[Pipeline]:
@@ -72,12 +74,19 @@ def build_fleet(name: str, build: Build) -> Fleet:
     maker = _MAKERS.get(name)
     if maker is None:
         raise InvalidInput(f"there is no policy '{name}': take one of {', '.join(POLICIES)}")
+    if build.initial is not None and name not in ELASTIC:
+        raise InvalidInput(
+            f"policy '{name}' is of nodes that stay: autoscaling goes with {', '.join(ELASTIC)}"
+        )
     return maker(build)
 
 
 def _machines(build: Build, memory: float) -> list[Machine]:
     per_host = build.setting.gpus_per_host
-    return [Machine(i, i // per_host, memory) for i in range(build.gpus)]
+    machines = [Machine(i, i // per_host, memory) for i in range(build.gpus)]
+    for machine in machines[build.initial :] if build.initial is not None else ():
+        machine.up = False
+    return machines
 
 
 def records(machines: Sequence[Machine]) -> list[Node]:
@@ -145,11 +154,13 @@ def _kubediffusion(**preset: Any) -> Callable[[Build], Fleet]:
         given = {**preset, **build.parameters}
         follows = given.pop("follow", True)
         machines = _machines(build, given.pop("node_bytes", setting.node_bytes))
-        units = units_of(build.pipelines, costs, build.mix, build.gpus)
         spare = setting.activation_bytes
-        rooms = [Room(each.index, each.memory - spare) for each in machines]
+        there = [each for each in machines if each.up]
+        units = units_of(build.pipelines, costs, build.mix, len(there))
+        rooms = [Room(each.index, each.memory - spare) for each in there]
         plan = models_of(plan_units(units, rooms), units)
-        _hold(machines, plan, costs)
+        # Nodes that come later are replicas of those that are there.
+        _hold(machines, {each.index: plan[each.index % len(there)] for each in machines}, costs)
         policies: list[Policy] = []
         for gateway in range(build.gateways):
             nodes = records(machines)
@@ -209,3 +220,5 @@ _MAKERS: dict[str, Callable[[Build], Fleet]] = {
     "kubediffusion-fair": _kubediffusion(laxity=1.0, floor=0.9),
 }
 POLICIES = tuple(_MAKERS)
+# Those that take nodes which come and go.
+ELASTIC = ("kubediffusion", "kubediffusion-fair")

@@ -60,10 +60,14 @@ class Outcome:
     finished: dict[int, float] = field(default_factory=dict[int, float])
     shed: dict[int, float] = field(default_factory=dict[int, float])
     spans: list[Span] = field(default_factory=list[Span])
+    # (time, node, bytes of models), whenever these change; with `Options.timeline` only.
+    memory: list[tuple[float, int, float]] = field(default_factory=list[tuple[float, int, float]])
     gpu_seconds: float = 0.0
     load_seconds: float = 0.0
     loads: int = 0
     peak_bytes: float = 0.0
+    # Nodes times the seconds that they were there.
+    node_seconds: float = 0.0
     end: float = 0.0
     events: int = 0
     starts: int = 0

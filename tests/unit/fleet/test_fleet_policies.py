@@ -107,7 +107,9 @@ def test_no_node_is_idle_while_it_could_run_what_waits(jobs, gpus, memory):
         fleet.KubeDiffusion = kept
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p not in ("clockwork", "diflow", "dedicated")])
+@pytest.mark.parametrize(
+    "policy", [p for p in POLICIES if p not in ("clockwork", "diflow", "dedicated")]
+)
 def test_a_quiet_fleet_serves_everybody_on_time(policy):
     jobs = [job(i, PIPELINES[i % 3], 12.0 * i) for i in range(6)]
     outcome, _ = simulated(policy, jobs, build(4))
