@@ -84,7 +84,7 @@ class Autoscaler:
     def _pay(self, simulation: Simulation, now: float) -> None:
         gone = {index for index in self._ending if simulation.machines[index].idle}
         for index in gone:
-            simulation.machines[index].up = False
+            simulation.remove_node(index)
         there = len(self._serving) + len(self._starting) + len(self._ending)
         self.node_seconds += there * (now - self._paid_until)
         self._ending -= gone

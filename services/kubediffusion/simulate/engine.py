@@ -252,8 +252,7 @@ class Simulation(Floor):
             self._begin(machine, machine.queue.popleft())
 
     def _show(self, machine: Machine) -> None:
-        if self.options.timeline:
-            self.outcome.memory.append((self.now, machine.index, machine.used))
+        self._note_memory(machine)
         for policy in self.policies:
             policy.nodes[machine.index].resident = dict(machine.resident)
 
@@ -295,12 +294,20 @@ class Simulation(Floor):
 
     def open_node(self, index: int) -> None:
         """It serves from now on, with the models that it has."""
-        self.machines[index].up = True
+        self._switch(index, up=True)
         self._tell_up(index, up=True)
 
     def close_node(self, index: int) -> None:
         """It ends what it runs, and is given nothing any more."""
         self._tell_up(index, up=False)
+
+    def remove_node(self, index: int) -> None:
+        """One that was closed, and runs nothing any more, is gone."""
+        self._switch(index, up=False)
+
+    def _switch(self, index: int, *, up: bool) -> None:
+        self.machines[index].up = up
+        self._note_memory(self.machines[index])
 
     def _tell_up(self, index: int, *, up: bool) -> None:
         for gateway, policy in enumerate(self.policies):

@@ -163,6 +163,11 @@ class Floor(ABC):
                 break
         return done
 
+    def _note_memory(self, machine: Machine) -> None:
+        if self.options.timeline:
+            held = machine.used if machine.up else 0.0
+            self.outcome.memory.append((self.now, machine.index, held))
+
     def _span(
         self, node: int, start: float, end: float, what: str, kind: str, jobs: tuple[int, ...] = ()
     ) -> None:
