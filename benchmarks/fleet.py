@@ -25,6 +25,7 @@ from benchmarks.fleet_rows import (
     OURS,
     RESULTS,
     ROWS,
+    SHIFTED,
     Task,
     run_task,
 )
@@ -88,6 +89,12 @@ def days(seeds: Sequence[int]) -> Iterator[Task]:
         for setting in SETTINGS:
             for seed in seeds[:2]:
                 yield Task("autoscale", setting, "kubediffusion", seed, variant)
+
+
+def shifts(seeds: Sequence[int]) -> Iterator[Task]:
+    for family in SHIFTED:
+        for seed in seeds[:3]:
+            yield Task("shift", "S-d", "kubediffusion", seed, family)
 
 
 def _append(table: str, row: Mapping[str, Any]) -> None:
@@ -170,6 +177,8 @@ def run_tables(seeds: Sequence[int], jobs: int, *, full: bool) -> None:
     if full:
         run_all(grid(seeds), jobs)
         run_all(days(seeds), jobs)
+        run_all(shifts(seeds), jobs)
+        write_optimum(seeds)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -210,6 +210,31 @@ def _autoscale_row(task: Task) -> dict[str, Any]:
     }
 
 
+# Four times one family, at rates that a plan for that mix serves.
+SHIFTED = {"schnell": 5.0, "sd3": 5.0, "sd35": 3.2, "dev": 2.0}
+SHIFT_AT, SETTLED = 120.0, 180.0
+
+
+def _shift_row(task: Task) -> dict[str, Any]:
+    """The mix shifts to four times the family `variant` and nobody says so: what is on time of the
+    requests that come a minute later and on, beside a plan for that mix and one that stays."""
+    families = published_setting(task.setting).families
+    then = {name: 4.0 if name == task.variant else 1.0 for name in families.pipelines}
+    base = scenario(task, rate=SHIFTED[task.variant], repeats=3)
+
+    def weights_at(at: float) -> Mapping[str, float]:
+        return then if at >= SHIFT_AT else families.weights
+
+    def share(each: Scenario) -> float:
+        result = simulate(each)
+        return result.share([job for job in result.jobs if job.arrival >= SETTLED])
+
+    shifting = replace(base, weights_at=weights_at)
+    still = replace(shifting, parameters={"follow": False})
+    told = replace(still, setting=replace(base.setting, families=replace(families, weights=then)))
+    return {"follows": share(shifting), "told": share(told), "stays": share(still)}
+
+
 def measured_links() -> tuple[Link, Link]:
     """Pulling tensors as this repository measured it (results/tensors.csv): by shared memory on a
     host, by gRPC between hosts; what a small one adds to a call is paid by all."""
@@ -233,6 +258,7 @@ ROWS: dict[str, Callable[[Task], dict[str, Any]]] = {
     "gpus": _gpus_row,
     "grid": _grid_row,
     "autoscale": _autoscale_row,
+    "shift": _shift_row,
 }
 
 

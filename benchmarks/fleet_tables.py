@@ -60,6 +60,8 @@ def write_summary() -> None:
         "## Variations of kubediffusion: largest rate, all requests", "", *_grid_table(), "",
         "## What models take, GB a GPU", "", *_memory_table(), "",
         "## 600 s instead of 120: largest rate, all requests", "", *_steady_table(), "",
+        "## S-d, the mix shifts to four times one family: on time from a minute later on", "",
+        *_shifts(), "",
         "## A day with nodes that come and go: on time (GPUs there on average)", "",
         *_days(), "",
         "## Small instances: share of the offline optimum (instances where it is reached)", "",
@@ -175,6 +177,20 @@ def _days() -> list[str]:
             for key in keys
         )
         out.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return out
+
+
+def _shifts() -> list[str]:
+    columns = ("follows", "told", "stays")
+    values = {column: summary_of("shift", column) for column in columns}
+    out = [
+        "| four times | follows | planned for that mix | plan stays | follows / planned |",
+        "|---|---|---|---|---|",
+    ]
+    for key in values["told"]:
+        cells = [values[column][key][0] for column in columns]
+        shares = " | ".join(f"{each:.3f}" for each in cells)
+        out.append(f"| {key[2]} | {shares} | {cells[0] / cells[1]:.3f} |")
     return out
 
 
