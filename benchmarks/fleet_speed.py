@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.fleet import scenario
+from benchmarks.fleet_rows import Task, scenario
 from kubediffusion.scheduling.policies.kubediffusion import KubeDiffusion
 from kubediffusion.scheduling.policy import Action, Start
 from kubediffusion.simulate.scenario import quantile, simulate
@@ -44,7 +44,7 @@ def measure(gpus: int, policy: str = "kubediffusion", rate_share: float = 7.0) -
 
         return call
 
-    base = scenario("S-e", policy, 1, gpus=gpus, rate=rate_share * gpus / 32)
+    base = scenario(Task("", "S-e", policy, 1), gpus=gpus, rate=rate_share * gpus / 32)
     half = replace(
         base.trace,
         arrivals=tuple(each for each in base.trace.arrivals if each.time <= SECONDS),

@@ -107,10 +107,10 @@ def _curves(plt: Any, scenario: Scenario, policies: Sequence[str], seeds: Sequen
 
 
 def _timeline(plt: Any, result: Result) -> Any:
-    """Who ran what on each GPU, the resident bytes, and how many requests waited."""
+    """Who ran what on each GPU, what models took, and how many requests waited."""
     outcome = result.outcome
-    figure, (gpus, queue) = plt.subplots(
-        2, 1, figsize=(10, 5), sharex=True, height_ratios=(3, 1), layout="constrained"
+    figure, (gpus, memory, queue) = plt.subplots(
+        3, 1, figsize=(10, 6.5), sharex=True, height_ratios=(3, 1, 1), layout="constrained"
     )
     families = {job.id: job.pipeline.family for job in result.jobs}
     names = sorted(set(families.values()))
@@ -125,10 +125,24 @@ def _timeline(plt: Any, result: Result) -> Any:
         handles=[plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names],
         labels=names, loc="upper right", fontsize="small",
     )  # fmt: skip
+    moments, held = _held(result)
+    memory.step(moments, held, where="post")
+    memory.set(ylabel="models, GB", ylim=(0, None))
     moments, waiting = _waiting(result)
     queue.step(moments, waiting, where="post")
     queue.set(xlabel="seconds", ylabel="waiting")
     return figure
+
+
+def _held(result: Result) -> tuple[list[float], list[float]]:
+    """What models take of all GPUs together, over time."""
+    moments, sums = list[float](), list[float]()
+    now: dict[int, float] = {}
+    for at, node, nbytes in result.outcome.memory:
+        now[node] = nbytes
+        moments.append(at)
+        sums.append(sum(now.values()) / 1e9)
+    return [*moments, result.outcome.end], [*sums, *sums[-1:]]
 
 
 def _waiting(result: Result) -> tuple[list[float], list[int]]:

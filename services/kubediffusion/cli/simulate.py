@@ -17,6 +17,7 @@ from kubediffusion.cli import shell
 from kubediffusion.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from kubediffusion.simulate.autoscale import Autoscaling
     from kubediffusion.simulate.scenario import Result, Scenario
 
 
@@ -39,6 +40,11 @@ class Asked:
     dit_scale: float
     pinned: bool
     lost: Sequence[str]
+    transfers: Path | None
+    node_gb: float | None
+    autoscale: str | None
+    startup: float
+    target: float
     sweep: str | None
     judge: str
     json: Path | None
@@ -65,7 +71,7 @@ def _command(
     gpus: Annotated[int | None, typer.Option(min=1, help="Instead of the setting's.")] = None,
     rate: Annotated[float, typer.Option(min=0.0, help="Times the trace's own rate.")] = 1.0,
     seed: Annotated[list[int] | None, typer.Option(help="Repeatable; default 0.")] = None,
-    arrivals: Annotated[str, typer.Option(help="trace, poisson or mmpp.")] = "trace",
+    arrivals: Annotated[str, typer.Option(help="trace, poisson, mmpp or wave.")] = "trace",
     slo_scale: Annotated[
         float | None, typer.Option(min=0.0, help="Deadline, in solo times.")
     ] = None,
@@ -84,6 +90,22 @@ def _command(
         list[str] | None,
         typer.Option(metavar="GPU@SECONDS", help="A GPU that is lost then. Repeatable."),
     ] = None,
+    transfers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measured transfers of another transport.")
+    ] = None,
+    node_gb: Annotated[
+        float | None, typer.Option(min=0.1, help="What models may take of a GPU: lean nodes.")
+    ] = None,
+    autoscale: Annotated[
+        str | None,
+        typer.Option(metavar="MIN:MAX", help="Nodes come and go by demand, within these."),
+    ] = None,
+    startup: Annotated[
+        float, typer.Option(min=0.0, help="Seconds until a new node serves.")
+    ] = 30.0,
+    target: Annotated[
+        float, typer.Option(min=0.01, help="Requests in the system that a node is meant for.")
+    ] = 1.0,
     sweep: Annotated[
         str | None, typer.Option(help="rate, burst or gpus: the most (or fewest) for 90 %.")
     ] = None,
@@ -103,7 +125,7 @@ def _command(
             Asked(
                 setting, policy or ["kubediffusion"], trace, profiles, gpus, rate, seed or [0],
                 arrivals, slo_scale, gateways, report_ms, noise, dit_scale, pinned, lost or [],
-                sweep, judge, out, table, report,
+                transfers, node_gb, autoscale, startup, target, sweep, judge, out, table, report,
             )
         )  # fmt: skip
 
@@ -158,22 +180,21 @@ def _row(asked: Asked, scenario: Scenario) -> dict[str, Any]:
 
 def scenario_of(asked: Asked) -> Scenario:
     """Reads the files. Raises InvalidInput with the name of what is wrong."""
-    from kubediffusion.simulate.engine import Fault, Options
     from kubediffusion.simulate.fleet import POLICIES
+    from kubediffusion.simulate.outcome import Fault, Options
     from kubediffusion.simulate.scenario import Scenario
     from kubediffusion.simulate.settings import costs_of, published_setting, setting_of, tables_of
     from kubediffusion.simulate.workload import parse_trace
 
     for policy in asked.policies:
         _one_of("--policy", policy, POLICIES)
-    _one_of("--arrivals", asked.arrivals, ("trace", "poisson", "mmpp"))
+    _one_of("--arrivals", asked.arrivals, ("trace", "poisson", "mmpp", "wave"))
     _one_of("--judge", asked.judge, ("overall", "family"))
     if asked.sweep is not None:
         _one_of("--sweep", asked.sweep, ("rate", "burst", "gpus"))
     folder = asked.profiles or published_data()
-    costs = costs_of(
-        read_json(folder / "model_profiles.json"), read_json(folder / "transfer_profiles.json")
-    )
+    transfers = asked.transfers or folder / "transfer_profiles.json"
+    costs = costs_of(read_json(folder / "model_profiles.json"), read_json(transfers))
     if asked.pinned:
         costs.load_scale = 0.2
     tables_file = folder / "scheduler_tables.json"
@@ -211,7 +232,25 @@ def scenario_of(asked: Asked) -> Scenario:
         options=options,
         tables=tables,
         solo_costs=solo_costs,
+        parameters={} if asked.node_gb is None else {"node_bytes": asked.node_gb * 1e9},
+        autoscaling=_autoscaling(asked),
     )
+
+
+def _autoscaling(asked: Asked) -> Autoscaling | None:
+    if asked.autoscale is None:
+        return None
+    from kubediffusion.scaling import Limits
+    from kubediffusion.simulate.autoscale import Autoscaling
+
+    least, _, most = asked.autoscale.partition(":")
+    try:
+        limits = Limits(int(least), int(most), asked.target)
+    except ValueError as error:
+        raise InvalidInput(f"--autoscale {asked.autoscale}: write MIN:MAX, such as 2:8") from error
+    if not 1 <= limits.minimum <= limits.maximum:
+        raise InvalidInput(f"--autoscale {asked.autoscale}: write MIN:MAX with 1 <= MIN <= MAX")
+    return Autoscaling(limits, startup=asked.startup)
 
 
 def _one_of(option: str, value: str, allowed: Sequence[str]) -> None:

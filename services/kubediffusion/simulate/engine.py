@@ -2,20 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The discrete-event core: machines carry out what policies decide.
 
-A machine runs its works first in, first out; a work is one event, its end. Everything that happens
-at one instant is told before the policies are asked, so that simultaneous arrivals are seen
-together. Several gateways each have a policy of their own over the same machines: what the others
-do they learn from reports that are `report_interval` seconds apart, and a machine that is taken
-declines what assumed that it is idle.
+Everything that happens at one instant is told before the policies are asked, so that simultaneous
+arrivals are seen together. Several gateways each have a policy of their own over the same machines:
+what the others do they learn from reports that are `report_interval` seconds apart, and a machine
+that is taken declines what assumed that it is idle.
 """
 
 from __future__ import annotations
 
 import heapq
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass
 from typing import Any
 
 from kubediffusion.scheduling.costs import Costs
@@ -30,92 +27,17 @@ from kubediffusion.scheduling.policy import (
     Start,
     Work,
 )
-from kubediffusion.simulate.machines import Machine, Running
+from kubediffusion.simulate.floor import Floor, Kind
+from kubediffusion.simulate.machines import Machine
+from kubediffusion.simulate.outcome import Fault, FaultKind, Options, Outcome
 
 # A gateway whose work was declined leaves the node alone for so many seconds at least.
 _ASK_AGAIN = 0.01
 
-
-class Kind(IntEnum):
-    ARRIVAL = 0
-    END = 1
-    LOADED = 2
-    FAULT = 3
-    NOTICED = 4
-    WAKE = 5
-    REPORT = 6
-    SCALE = 7
-
-
-class FaultKind(IntEnum):
-    LOST = 0
-    SLOW = 1
-    CUT_OFF = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """At `time` a node is lost, takes `factor` times as long, or cannot be reached, until `until`
-    (a lost one comes back empty)."""
-
-    time: float
-    node: int
-    kind: FaultKind = FaultKind.LOST
-    factor: float = 3.0
-    until: float = float("inf")
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """``noise`` is the standard deviation of the logarithm of run times; gateways hear of each
-    other's work `report_interval` late, and of a lost node after `notice_seconds`; checkpoints are
-    `checkpoint_steps` apart."""
-
-    noise: float = 0.0
-    seed: int = 0
-    report_interval: float = 0.0
-    notice_seconds: float = 0.5
-    checkpoint_steps: int = 5
-    faults: tuple[Fault, ...] = ()
-    timeline: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """What a machine did from `start` to `end`."""
-
-    node: int
-    start: float
-    end: float
-    what: str
-    kind: str
-    jobs: tuple[int, ...] = ()
-
-
-@dataclass(slots=True)
-class Outcome:
-    """When each request was done (None: never), and what it took."""
-
-    finished: dict[int, float] = field(default_factory=dict[int, float])
-    shed: dict[int, float] = field(default_factory=dict[int, float])
-    spans: list[Span] = field(default_factory=list[Span])
-    gpu_seconds: float = 0.0
-    load_seconds: float = 0.0
-    loads: int = 0
-    peak_bytes: float = 0.0
-    end: float = 0.0
-    events: int = 0
-    starts: int = 0
-    rounds: int = 0
-    lost_steps: int = 0
-    most_lost: int = 0
-    declined: int = 0
-
-
 Hook = Callable[["Simulation", float], float | None]
 
 
-class Simulation:
+class Simulation(Floor):
     """Jobs sorted by arrival; `gateway_of(job)` names the policy that it comes to."""
 
     def __init__(
@@ -128,21 +50,14 @@ class Simulation:
         gateway_of: Callable[[Job], int] | None = None,
         hooks: Sequence[tuple[float, Hook]] = (),
     ) -> None:
-        self.machines = machines
+        super().__init__(machines, costs, options)
         self.policies = policies
         self.jobs = jobs
-        self.costs = costs
-        self.options = options or Options()
-        self.outcome = Outcome()
-        self.now = 0.0
         self._gateway_of = gateway_of or _only_gateway
-        self._random = random.Random(self.options.seed)
-        self._heap: list[tuple[float, int, int, object]] = []
-        self._serial = 0
         self._touched: set[int] = set()
         self._owner: dict[int, int] = {}
         self._open = len(jobs)
-        self._waiting_for: dict[int, list[Running]] = {}
+        self._came = 0
         self._hooks = list(hooks)
         # Works that were lost with a node that nobody knows to be lost.
         self._unnoticed: dict[int, list[Work]] = {}
@@ -193,16 +108,15 @@ class Simulation:
             self._push(self.options.report_interval, Kind.REPORT, None)
         for time, hook in self._hooks:
             self._push(time, Kind.SCALE, hook)
+        for machine in self.machines:
+            self._show(machine)
         for policy in self.policies:
             policy.fleet_changed(0.0)
         self._touched.update(range(len(self.policies)))
         self._decide()
 
-    def _push(self, time: float, kind: Kind, body: object) -> None:
-        self._serial += 1
-        heapq.heappush(self._heap, (time, self._serial, int(kind), body))
-
     def _arrive(self, job: Job) -> None:
+        self._came += 1
         gateway = self._gateway_of(job)
         self.policies[gateway].arrived(job, self.now)
         self._touched.add(gateway)
@@ -277,43 +191,6 @@ class Simulation:
             if not self.machines[index].idle:
                 node.foreign_until = max(node.foreign_until, self.now + _ASK_AGAIN)
 
-    def _begin(self, machine: Machine, work: Work) -> None:
-        now = self.now
-        loading = machine.make_resident(work.models, self.costs) if work.models else 0.0
-        if loading:
-            self._show(machine)
-            self._span(machine.index, now, now + loading, "+".join(work.models), "load")
-        for helper in work.helpers:
-            self.machines[helper].reserved_by = work
-        factor = machine.factor
-        for helper in work.helpers:
-            factor = max(factor, self.machines[helper].factor)
-        if self.options.noise:
-            factor *= self._random.lognormvariate(0.0, self.options.noise)
-        self._serial += 1
-        running = Running(work, now, now + loading + work.setup, factor, self._serial)
-        machine.running = running
-        after = work.after
-        if after is not None and not after.ended:
-            # Known when its producer ends: the event is pushed then.
-            self._waiting_for.setdefault(id(after), []).append(running)
-            return
-        self._push(running.end, Kind.END, (machine.index, running.token))
-
-    def _revoke(self, work: Work) -> None:
-        running = self.machines[work.node].running
-        if running is None or running.work is not work or running.revoked:
-            return
-        done, boundary = running.progress(self.now)
-        if boundary >= running.end - 1e-9:
-            return
-        running.revoked = True
-        work.done = done
-        self._serial += 1
-        running.token = self._serial
-        running.end = boundary
-        self._push(boundary, Kind.END, (work.node, running.token))
-
     def _load(self, gateway: int, action: Load) -> None:
         machine = self.machines[action.node]
         if not machine.idle or action.model in machine.resident:
@@ -359,31 +236,6 @@ class Simulation:
         self.policies[gateway].ended(work, self.now)
         self._touched.add(gateway)
 
-    def _account(self, machine: Machine, running: Running) -> None:
-        work = running.work
-        busy = self.now - running.started
-        machine.busy_seconds += busy
-        for helper in work.helpers:
-            self.machines[helper].busy_seconds += busy
-        if self.options.timeline:
-            jobs = tuple(job.id for job in work.jobs)
-            what = work.calls[0].model if len(work.calls) == 1 else work.jobs[0].pipeline.name
-            for index in (work.node, *work.helpers):
-                self._span(index, running.started, self.now, what, "run", jobs)
-
-    def _free_helpers(self, work: Work) -> None:
-        for helper in work.helpers:
-            machine = self.machines[helper]
-            if machine.reserved_by is work:
-                machine.reserved_by = None
-                if machine.queue and machine.running is None and machine.up:
-                    self._begin(machine, machine.queue.popleft())
-
-    def _release(self, waiter: Running) -> None:
-        """The deferred input is there: the consumer ends `tail` later at the earliest."""
-        waiter.end = max(waiter.end, self.now + waiter.work.tail * waiter.factor)
-        self._push(waiter.end, Kind.END, (waiter.work.node, waiter.token))
-
     def _on_loaded(self, action: Load) -> None:
         machine = self.machines[action.node]
         if machine.reserved_by is not action:
@@ -400,6 +252,7 @@ class Simulation:
             self._begin(machine, machine.queue.popleft())
 
     def _show(self, machine: Machine) -> None:
+        self._note_memory(machine)
         for policy in self.policies:
             policy.nodes[machine.index].resident = dict(machine.resident)
 
@@ -428,6 +281,40 @@ class Simulation:
         if following is not None:
             self._push(following, Kind.SCALE, hook)
 
+    # ---------------------------------------------------------------- nodes that come and go
+
+    @property
+    def in_system(self) -> int:
+        """Requests that have come and are neither finished nor shed."""
+        return self._came - len(self.outcome.finished) - len(self.outcome.shed)
+
+    def at(self, time: float, hook: Hook) -> None:
+        """Calls `hook` then, and again when it says."""
+        self._push(time, Kind.SCALE, hook)
+
+    def open_node(self, index: int) -> None:
+        """It serves from now on, with the models that it has."""
+        self._switch(index, up=True)
+        self._tell_up(index, up=True)
+
+    def close_node(self, index: int) -> None:
+        """It ends what it runs, and is given nothing any more."""
+        self._tell_up(index, up=False)
+
+    def remove_node(self, index: int) -> None:
+        """One that was closed, and runs nothing any more, is gone."""
+        self._switch(index, up=False)
+
+    def _switch(self, index: int, *, up: bool) -> None:
+        self.machines[index].up = up
+        self._note_memory(self.machines[index])
+
+    def _tell_up(self, index: int, *, up: bool) -> None:
+        for gateway, policy in enumerate(self.policies):
+            policy.nodes[index].up = up
+            policy.fleet_changed(self.now)
+            self._touched.add(gateway)
+
     # ---------------------------------------------------------------- faults
 
     def _on_fault(self, fault: Fault) -> None:
@@ -443,49 +330,6 @@ class Simulation:
         self._push(notice, Kind.NOTICED, _Noticed(fault.node, lost))
         if fault.until < float("inf"):
             self._push(max(fault.until, notice), Kind.NOTICED, _Healed(fault.node))
-
-    def take_down(self, index: int, *, empty: bool) -> list[Work]:
-        """The machine is gone, with its work and, where `empty`, its models."""
-        machine = self.machines[index]
-        lost: list[Work] = []
-        running = machine.running
-        reserved = machine.reserved_by
-        if running is None and isinstance(reserved, Work):
-            running = self.machines[reserved.node].running
-        if running is not None:
-            work = running.work
-            work.done = self._kept(running)
-            owner = self.machines[work.node]
-            owner.running = None
-            self._account(owner, running)
-            self._free_helpers(work)
-            lost.append(work)
-            if owner.index != index and owner.queue and owner.up:
-                self._begin(owner, owner.queue.popleft())
-        for work in machine.queue:
-            work.done = [0] * len(work.calls)
-            lost.append(work)
-        machine.queue.clear()
-        machine.reserved_by = None
-        machine.up = False
-        if empty:
-            for model in list(machine.resident):
-                machine.drop(model)
-        return lost
-
-    def _kept(self, running: Running) -> list[int]:
-        """What the last checkpoint holds: whole calls, and steps up to the interval's multiple."""
-        done, _ = running.progress(self.now)
-        every = self.options.checkpoint_steps
-        for i, call in enumerate(running.work.calls):
-            if done[i] < call.count:
-                completed = max(0, done[i] - 1)  # `progress` counts the step under way
-                done[i] = completed - completed % every
-                steps = completed - done[i]
-                self.outcome.lost_steps += steps
-                self.outcome.most_lost = max(self.outcome.most_lost, steps)
-                break
-        return done
 
     def _on_noticed(self, news: _Noticed | _Healed) -> None:
         machine = self.machines[news.node]
@@ -505,12 +349,6 @@ class Simulation:
                 for waiter in self._waiting_for.pop(id(work), ()):
                     self._release(waiter)
                 self.policies[self._owner.pop(id(work))].lost(work, self.now)
-
-    def _span(
-        self, node: int, start: float, end: float, what: str, kind: str, jobs: tuple[int, ...] = ()
-    ) -> None:
-        if self.options.timeline:
-            self.outcome.spans.append(Span(node, start, end, what, kind, jobs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 from kubediffusion.errors import InvalidInput
 from kubediffusion.scheduling.costs import Costs, ModelCosts
 from kubediffusion.scheduling.pipelines import Pipeline
+from kubediffusion.scheduling.policies.dedicated import Dedicated, dedicated_plan
 from kubediffusion.scheduling.policies.diflow import DiFlow, Tables
 from kubediffusion.scheduling.policies.kubediffusion import KubeDiffusion, Parameters
 from kubediffusion.scheduling.policies.monolith import (
@@ -47,6 +48,8 @@ class Build:
     gateways: int = 1
     tables: Tables = field(default_factory=Tables)
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    # So many nodes are there at the start; None: all.
+    initial: int | None = None
 
     @property
     def pipelines(self) -> list[Pipeline]:
@@ -71,12 +74,19 @@ def build_fleet(name: str, build: Build) -> Fleet:
     maker = _MAKERS.get(name)
     if maker is None:
         raise InvalidInput(f"there is no policy '{name}': take one of {', '.join(POLICIES)}")
+    if build.initial is not None and name not in ELASTIC:
+        raise InvalidInput(
+            f"policy '{name}' is of nodes that stay: autoscaling goes with {', '.join(ELASTIC)}"
+        )
     return maker(build)
 
 
 def _machines(build: Build, memory: float) -> list[Machine]:
     per_host = build.setting.gpus_per_host
-    return [Machine(i, i // per_host, memory) for i in range(build.gpus)]
+    machines = [Machine(i, i // per_host, memory) for i in range(build.gpus)]
+    for machine in machines[build.initial :] if build.initial is not None else ():
+        machine.up = False
+    return machines
 
 
 def records(machines: Sequence[Machine]) -> list[Node]:
@@ -144,11 +154,13 @@ def _kubediffusion(**preset: Any) -> Callable[[Build], Fleet]:
         given = {**preset, **build.parameters}
         follows = given.pop("follow", True)
         machines = _machines(build, given.pop("node_bytes", setting.node_bytes))
-        units = units_of(build.pipelines, costs, build.mix, build.gpus)
         spare = setting.activation_bytes
-        rooms = [Room(each.index, each.memory - spare) for each in machines]
+        there = [each for each in machines if each.up]
+        units = units_of(build.pipelines, costs, build.mix, len(there))
+        rooms = [Room(each.index, each.memory - spare) for each in there]
         plan = models_of(plan_units(units, rooms), units)
-        _hold(machines, plan, costs)
+        # Nodes that come later are replicas of those that are there.
+        _hold(machines, {each.index: plan[each.index % len(there)] for each in machines}, costs)
         policies: list[Policy] = []
         for gateway in range(build.gateways):
             nodes = records(machines)
@@ -164,6 +176,15 @@ def _kubediffusion(**preset: Any) -> Callable[[Build], Fleet]:
         return Fleet(machines, policies, costs)
 
     return make
+
+
+def _dedicated(build: Build) -> Fleet:
+    costs = build.costs
+    machines = _machines(build, build.setting.node_bytes)
+    plan = dedicated_plan(build.pipelines, costs, build.mix, build.gpus)
+    _hold(machines, plan, costs)
+    policies: list[Policy] = [Dedicated(records(machines), costs) for _ in range(build.gateways)]
+    return Fleet(machines, policies, costs)
 
 
 def _diflow(*, early_abort: bool = True) -> Callable[[Build], Fleet]:
@@ -192,9 +213,12 @@ _MAKERS: dict[str, Callable[[Build], Fleet]] = {
     "shepherd": _partitioned(_by_load),
     "clockwork": _swapping(aware=False),
     "clockwork-aware": _swapping(aware=True),
+    "dedicated": _dedicated,
     "diflow": _diflow(),
     "diflow-no-abort": _diflow(early_abort=False),
     "kubediffusion": _kubediffusion(),
     "kubediffusion-fair": _kubediffusion(laxity=1.0, floor=0.9),
 }
 POLICIES = tuple(_MAKERS)
+# Those that take nodes which come and go.
+ELASTIC = ("kubediffusion", "kubediffusion-fair")

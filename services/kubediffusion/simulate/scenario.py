@@ -12,15 +12,18 @@ from typing import Any
 from kubediffusion.scheduling.costs import Costs
 from kubediffusion.scheduling.pipelines import Job
 from kubediffusion.scheduling.policies.diflow import Tables
+from kubediffusion.simulate.autoscale import Autoscaler, Autoscaling
 from kubediffusion.simulate.bound import best_attainment
-from kubediffusion.simulate.engine import Options, Outcome, Simulation
+from kubediffusion.simulate.engine import Simulation
 from kubediffusion.simulate.fleet import Build, build_fleet
+from kubediffusion.simulate.outcome import Options, Outcome
 from kubediffusion.simulate.settings import Setting
 from kubediffusion.simulate.workload import (
     Arrival,
     Burst,
     Mmpp,
     Trace,
+    Wave,
     jobs_of,
     label_mix,
     poisson,
@@ -35,8 +38,7 @@ Weights = Callable[[float], Mapping[str, float]]
 class Scenario:
     """A setting under a policy. `rate` is the trace's rate scale (1: as recorded).
 
-    ``arrivals`` is "trace", "poisson" or "mmpp"; ``burst`` requests come on top. ``planned_mix``:
-    family weights that planners are told, where they are not those of the requests.
+    ``arrivals`` is "trace", "poisson", "mmpp" or "wave"; ``burst`` requests come on top.
     """
 
     setting: Setting
@@ -57,9 +59,13 @@ class Scenario:
     tables: Tables = field(default_factory=Tables)
     # What deadlines are reckoned from, where the simulated work is cheaper (a pruning budget).
     solo_costs: Costs | None = None
+    # Nodes come and go by demand, within its limits.
+    autoscaling: Autoscaling | None = None
 
     @property
     def nodes(self) -> int:
+        if self.autoscaling is not None:
+            return self.autoscaling.limits.maximum
         return self.gpus or self.setting.gpus
 
 
@@ -118,6 +124,7 @@ class Result:
                 "normalized_mean": self._normalized(),
             },
             "gpu_seconds": self.outcome.gpu_seconds,
+            "node_seconds": self.outcome.node_seconds,
             "bound": self.bound,
             "requests": len(self.jobs),
             "finished": len(self.outcome.finished),
@@ -155,6 +162,8 @@ def arrivals_of(scenario: Scenario) -> list[Arrival]:
         out = list(resampled(trace, scenario.rate, scenario.seed).arrivals)
     elif scenario.arrivals == "poisson":
         out = poisson(mean, trace.seconds, mix, rng)
+    elif scenario.arrivals == "wave":
+        out = Wave().arrivals(mean, trace.seconds, mix, rng)
     else:
         out = Mmpp().arrivals(mean, trace.seconds, mix, rng)
     if scenario.burst is not None:
@@ -198,8 +207,10 @@ def simulate(scenario: Scenario, *, jobs: Sequence[Job] | None = None) -> Result
             scenario.gateways,
             scenario.tables,
             scenario.parameters,
+            scenario.autoscaling.limits.minimum if scenario.autoscaling else None,
         ),
     )
+    scaler = Autoscaler(scenario.autoscaling) if scenario.autoscaling else None
     simulation = Simulation(
         fleet.machines,
         fleet.policies,
@@ -207,8 +218,13 @@ def simulate(scenario: Scenario, *, jobs: Sequence[Job] | None = None) -> Result
         fleet.costs,
         scenario.options,
         gateway_of=(lambda job: job.id % scenario.gateways) if scenario.gateways > 1 else None,
+        hooks=[(scenario.autoscaling.interval, scaler)] if scenario.autoscaling and scaler else (),
     )
     outcome = simulation.run()
+    outcome.node_seconds = scenario.nodes * outcome.end
+    if scaler is not None:
+        scaler.finish(simulation)
+        outcome.node_seconds = scaler.node_seconds
     return Result(jobs, outcome, bound_of(scenario, jobs), scenario.nodes)
 
 

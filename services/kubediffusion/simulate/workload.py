@@ -144,6 +144,23 @@ class Mmpp:
 
 
 @dataclass(frozen=True, slots=True)
+class Wave:
+    """A day: a Poisson process whose rate goes up and down once, from the least to the most and
+    back: the mean times 1 - depth cos(2 pi t / seconds)."""
+
+    depth: float = 0.7
+
+    def arrivals(self, rate: float, seconds: float, mix: Mix, rng: random.Random) -> list[Arrival]:
+        most = 1.0 + self.depth
+        return [
+            each
+            for each in poisson(rate * most, seconds, mix, rng)
+            if rng.random() * most
+            < 1.0 - self.depth * math.cos(2.0 * math.pi * each.time / seconds)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class Burst:
     """`size` requests spread over `spread` seconds from `at` on; None: labels as in the mix."""
 

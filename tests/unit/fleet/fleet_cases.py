@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from kubediffusion.scheduling.costs import Costs, Link, ModelCosts, Run
 from kubediffusion.scheduling.pipelines import Job, Pipeline, Sizes
 from kubediffusion.scheduling.policies.diflow import Tables
-from kubediffusion.simulate.engine import Fault, FaultKind, Options, Outcome, Simulation
+from kubediffusion.scheduling.policy import Start, Work
+from kubediffusion.simulate.engine import Simulation
 from kubediffusion.simulate.fleet import Build, build_fleet
+from kubediffusion.simulate.outcome import Fault, FaultKind, Options, Outcome
 from kubediffusion.simulate.settings import Setting
 from kubediffusion.simulate.workload import Families
 
@@ -77,19 +79,47 @@ def build(gpus: int, gigabytes: float = 20.0, gateways: int = 1, **parameters) -
 
 
 class Audited(Simulation):
-    """Raises where something happens that never may."""
+    """Raises where something happens that never may. `whole`: a request is in one place at a time
+    (DiFlow's branches are not, nor encoders on nodes of their own)."""
 
-    def __init__(self, *arguments, **keywords) -> None:
+    def __init__(self, *arguments, whole: bool = True, **keywords) -> None:
         super().__init__(*arguments, **keywords)
         self.forwards: Counter[tuple[int, str]] = Counter()
         self.closed: Counter[int] = Counter()
+        self._whole = whole
+        self._placed: dict[int, Work] = {}
 
     def _act(self, gateway, action):
         job = getattr(action, "job", None)
         if job is not None:
             self.closed[job.id] += 1
             assert self.closed[job.id] == 1, f"request {job.id} was closed twice"
+        if isinstance(action, Start) and self._whole:
+            for each in action.work.jobs:
+                assert each.id not in self.closed, f"request {each.id} is over, and was placed"
+                before = self._placed.get(each.id)
+                assert before is None or before.ended, f"request {each.id} is in two places"
+                self._placed[each.id] = action.work
+            self._depends_on_what_is_there(action.work)
         super()._act(gateway, action)
+
+    def _depends_on_what_is_there(self, work: Work) -> None:
+        """Nothing is decoded before its last step, nor stepped before it was encoded: what came
+        before either ran, or runs earlier in the very work."""
+        for job in work.jobs:
+            pipeline, counts = job.pipeline, Counter[str]()
+            for call in work.calls:
+                counts[call.model] += call.count
+            if pipeline.name in counts:
+                continue  # a monolith's one call
+
+            def ran(model: str, job=job, counts=counts) -> int:
+                return self.forwards[job.id, model] + counts[model]
+
+            if counts[pipeline.denoiser]:
+                assert ran(pipeline.encoders[0]), f"request {job.id} is denoised and not encoded"
+            if counts[pipeline.decoder] and len(work.jobs) == 1:
+                assert ran(pipeline.denoiser) == pipeline.steps, f"request {job.id} decoded early"
 
     def _begin(self, machine, work):
         assert machine.running is None, "two works at once on one machine"
@@ -125,18 +155,19 @@ def simulated(
     gateways = built.gateways
     simulation = Audited(
         fleet.machines, fleet.policies, jobs, fleet.costs, options or Options(),
+        whole=not policy.startswith(("diflow", "dedicated")),
         gateway_of=(lambda each: each.id % gateways) if gateways > 1 else None,
     )  # fmt: skip
     return simulation.run(), simulation
 
 
 @st.composite
-def workloads(draw, most: int = 25) -> list[Job]:
+def workloads(draw, most: int = 25, pipelines: Sequence[Pipeline] = PIPELINES) -> list[Job]:
     gaps = draw(st.lists(st.floats(0.0, 1.5), min_size=1, max_size=most))
     now, jobs = 0.0, []
     for number, gap in enumerate(gaps):
         now += gap
-        pipeline = draw(st.sampled_from(PIPELINES))
+        pipeline = draw(st.sampled_from(pipelines))
         jobs.append(job(number, pipeline, now, draw(st.sampled_from((1.2, 2.0, 4.0)))))
     return jobs
 

@@ -19,9 +19,10 @@ from kubediffusion.scheduling.policies.diflow import (
 )
 from kubediffusion.scheduling.policies.diflow_graph import unroll
 from kubediffusion.scheduling.policy import Finish, Node, Shed, Start
-from kubediffusion.simulate.engine import Options, Simulation
+from kubediffusion.simulate.engine import Simulation
 from kubediffusion.simulate.fleet import records
 from kubediffusion.simulate.machines import Machine
+from kubediffusion.simulate.outcome import Options
 
 TABLES = Tables({"small": (1, 2), "text": (2, 4)}, early_abort=False)
 HELD = {name: costs.nbytes for name, costs in COSTS.models.items() if costs.nbytes}

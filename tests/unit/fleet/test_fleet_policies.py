@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kubediffusion.scheduling.policies.kubediffusion import KubeDiffusion
-from kubediffusion.simulate.engine import Options
 from kubediffusion.simulate.fleet import POLICIES
+from kubediffusion.simulate.outcome import Options
 
 everyone = pytest.mark.parametrize("policy", POLICIES)
 few = settings(max_examples=25, deadline=None)
@@ -51,7 +51,7 @@ def test_no_forward_runs_twice_and_none_is_left_out(policy, jobs, gpus):
         if policy.startswith("diflow"):
             # A task for every branch; a batch of both branches is one call.
             assert pipeline.steps <= ran <= 2 * pipeline.steps
-        elif policy.startswith("kubediffusion"):
+        elif policy.startswith(("kubediffusion", "dedicated")):
             assert ran == pipeline.steps
             assert simulation.forwards[each.id, pipeline.decoder] == 1
         else:
@@ -90,7 +90,7 @@ class _Watched(KubeDiffusion):
 
     def decide(self, now):
         actions = super().decide(now)
-        for ticket in self._heads():
+        for ticket in self.waiting.heads():
             assert not (self.board.idle & self.board.holders[ticket.waits]), "idle beside work"
         return actions
 
@@ -107,11 +107,25 @@ def test_no_node_is_idle_while_it_could_run_what_waits(jobs, gpus, memory):
         fleet.KubeDiffusion = kept
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p not in ("clockwork", "diflow")])
+@pytest.mark.parametrize(
+    "policy", [p for p in POLICIES if p not in ("clockwork", "diflow", "dedicated")]
+)
 def test_a_quiet_fleet_serves_everybody_on_time(policy):
     jobs = [job(i, PIPELINES[i % 3], 12.0 * i) for i in range(6)]
     outcome, _ = simulated(policy, jobs, build(4))
     assert on_time(jobs, outcome) == 6
+
+
+def test_nodes_with_one_model_each_serve_what_has_all_its_models():
+    """Five models on five nodes; a ControlNet runs beside its denoiser, which waits for it."""
+    jobs = [job(i, PIPELINES[i % 3], 12.0 * i) for i in range(6)]
+    outcome, simulation = simulated("dedicated", jobs, build(5))
+    assert on_time(jobs, outcome) == 6
+    assert all(len(machine.resident) == 1 for machine in simulation.machines)
+    plain, controlled = (outcome.finished[i] - jobs[i].arrival for i in (0, 1))
+    assert controlled == pytest.approx(plain, abs=0.1)
+    too_few, _ = simulated("dedicated", jobs, build(4))
+    assert too_few.shed
 
 
 def test_a_lone_request_is_split_over_idle_nodes():

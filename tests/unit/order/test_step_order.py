@@ -186,3 +186,30 @@ def test_time_away_earns_no_credit_and_no_tenant_is_kept() -> None:
     fair.leave("busy")
     fair.leave("back")
     assert not list(fair.tenants)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.floats(0.01, 5.0)), min_size=1, max_size=120),
+    st.lists(st.floats(0.25, 8.0), min_size=4, max_size=4),
+)
+def test_tenants_with_work_are_never_further_apart_than_one_turn(turns, weights) -> None:
+    """Start-time fair queueing's bound: served the least first, any two tenants that are there all
+    the time differ by the longest turn for the least weight at most, whoever comes and goes."""
+    fair = FairShare()
+    always = ["a", "b"]
+    for tenant in always:
+        fair.enter(tenant)
+    names = dict(zip(["a", "b", "c", "d"], weights, strict=True))
+    longest = 0.0
+    for passer_by, seconds in turns:
+        if passer_by in (2, 3):
+            tenant = "cd"[passer_by - 2]
+            if tenant in set(fair.tenants):
+                fair.leave(tenant)
+            else:
+                fair.enter(tenant)
+        turn = min(sorted(fair.tenants), key=fair.of)
+        fair.charge(turn, seconds, names[turn])
+        longest = max(longest, seconds / names[turn])
+        served = [fair.of(each) for each in fair.tenants]
+        assert max(served) - min(served) <= longest + 1e-9

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kubediffusion.scheduling.pipelines import Pipeline
-from kubediffusion.scheduling.policies.tickets import Lease, LeaseCosts, Shape
+from kubediffusion.scheduling.policies.running import Running
+from kubediffusion.scheduling.policies.tickets import LeaseCosts, Shape
 from kubediffusion.scheduling.policy import Node, Work
 
 
@@ -15,7 +16,7 @@ class Board:
     """Sets of models by number (`keys`), which nodes hold each, who is idle, who runs what."""
 
     def __init__(
-        self, nodes: Sequence[Node], pipelines: Sequence[Pipeline], costs: LeaseCosts
+        self, nodes: Sequence[Node], pipelines: Sequence[Pipeline], costs: LeaseCosts, batch: int
     ) -> None:
         self.nodes = nodes
         self.keys: list[tuple[str, ...]] = []
@@ -31,7 +32,7 @@ class Board:
         # By pipeline: whether some nodes can denoise and not encode.
         self.apart = [False] * len(self.shapes)
         self.idle: set[int] = set()
-        self.works: dict[int, Work] = {}
+        self.running = Running(batch)
         self.demand = [1.0] * len(self.keys)
 
     def _shape(self, pipeline: Pipeline, costs: LeaseCosts) -> Shape:
@@ -79,22 +80,16 @@ class Board:
             )
             if not node.up or node.loading:
                 self.idle.discard(node.index)
-            elif node.index not in self.works and node.foreign_until <= 0.0:
+            elif node.index not in self.running.works and node.foreign_until <= 0.0:
                 self.idle.add(node.index)
 
-    def lease_on(self, node: int) -> Lease | None:
-        work = self.works.get(node)
-        return None if work is None else work.info
-
     def occupy(self, work: Work) -> None:
-        for node in (work.node, *work.helpers):
-            self.idle.discard(node)
-            self.works[node] = work
+        self.idle.difference_update((work.node, *work.helpers))
+        self.running.add(work)
 
     def release(self, work: Work) -> None:
+        self.running.remove(work)
         for node in (work.node, *work.helpers):
-            if self.works.get(node) is work:
-                del self.works[node]
             record = self.nodes[node]
             if record.up and not record.loading and record.foreign_until <= 0.0:
                 self.idle.add(node)
@@ -106,5 +101,5 @@ class Board:
                 self.idle.discard(node.index)
                 continue
             node.foreign_until = 0.0
-            if node.up and not node.loading and node.index not in self.works:
+            if node.up and not node.loading and node.index not in self.running.works:
                 self.idle.add(node.index)

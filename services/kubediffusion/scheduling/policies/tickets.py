@@ -52,7 +52,7 @@ class Ticket:
     # The key of the heap that it waits in; -1: in none.
     waits: int = -1
     begun: bool = False
-    over: bool = False
+    claim: Claim = field(init=False)
 
     @property
     def left(self) -> float:
@@ -69,6 +69,22 @@ class Ticket:
         return self.shape.encode_key if self.encode else self.shape.denoise_key
 
 
+@dataclass(slots=True, eq=False)
+class Claim:
+    """A request in a test of feasibility: the seconds that are left of it, and the latest moment
+    to start them. While a lease runs, until `until`, what is left is `base` less `fall` times now.
+    Open requests are numbered as they come."""
+
+    ticket: Ticket
+    deadline: float
+    serial: int
+    left: float = 0.0
+    lst: float = 0.0
+    base: float = 0.0
+    fall: float = 0.0
+    until: float = 0.0
+
+
 @dataclass(slots=True)
 class Part:
     """What call i of a lease does: encode these, step these, or decode this one."""
@@ -79,7 +95,7 @@ class Part:
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """The policy's side of a `Work`. `ends` are when its tickets will be done, as expected."""
+    """The policy's side of a `Work`, which starts at `start` and ends at `end` as expected."""
 
     tickets: tuple[Ticket, ...]
     parts: list[Part]
@@ -88,6 +104,8 @@ class Lease:
     split: bool = False
     revoked: bool = False
     joining: bool = False
+    over: bool = False
+    serial: int = 0
     # The most it can be put off without a ticket of it becoming late.
     slack: float = 0.0
     # What its rank would be, were it revoked: this, plus the share of laxity in it times now.
