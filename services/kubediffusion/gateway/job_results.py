@@ -20,19 +20,27 @@ from kubediffusion.v1alpha1 import gateway_pb2
 log = logging.getLogger(__name__)
 # A file system raises OSErrors, and whatever the service behind it raises.
 _ANY = Exception
+_BUCKETS = ("s3", "gs", "az")
 
 
 class JobResults:
     """All of it blocks. Raises Unavailable, reason JobResults, wherever the storage does not do."""
 
     def __init__(self, url: str) -> None:
-        """`url`: file:///folder, s3://bucket/prefix, or another that fsspec knows."""
+        """`url`: file:///folder, s3://bucket/prefix (gs:// and az:// alike), or another that fsspec
+        knows. Keys and endpoints are the environment's: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ..."""
         self._url = url
         try:
+            if (scheme := url.partition("://")[0]) in _BUCKETS:
+                from obstore.fsspec import register
+
+                register(scheme)
             files, root = url_to_fs(url)
             self._files: Any = files
             self._root = str(root).rstrip("/")
             self._files.makedirs(self._root, exist_ok=True)
+            # A bucket that is not there, or may not be written, is told now: not at the first job.
+            self._files.pipe_file(f"{self._root}/.writable", b"")
         except ImportError as error:
             raise self._trouble(
                 f"{error} (for s3://: pip install 'kubediffusion[s3]')", "opened"

@@ -5,7 +5,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import sqlite3
+import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from kubediffusion.gateway.config import JobLimits
 from kubediffusion.gateway.job_results import JobResults
 from kubediffusion.gateway.jobs import Jobs
 from kubediffusion.v1alpha1 import gateway_pb2
+from tests.cluster.kube import NoPrograms, programs
 
 SUCCEEDED = gateway_pb2.JOB_STATE_SUCCEEDED
 LIMITS = JobLimits(beat=3600.0, checkpoint_every=0.0, running=2)
@@ -47,19 +52,43 @@ class Draws:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
+    """Of a real server, in its memory."""
+    try:
+        program = Path(programs("gofakes3").rpartition(":")[2]) / "gofakes3"
+    except NoPrograms as error:
+        if os.environ.get("CI"):
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(f"NOT TESTED, FOR WANT OF gofakes3: {error}")
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    command = [program, "-backend", "memory", "-host", address, "-initialbucket", "pictures"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        ends = time.monotonic() + 60
+        while not listens(port):
+            assert server.poll() is None
+            assert time.monotonic() < ends
+            time.sleep(0.02)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "key")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+            patch.setenv("AWS_REGION", "us-east-1")
+            patch.setenv("AWS_ALLOW_HTTP", "true")
+            yield "s3://pictures/jobs"
+    finally:
+        server.kill()
+        server.wait()
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("pictures")
-        yield "s3://pictures/jobs"
-    server.stop()
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -73,7 +102,8 @@ def files(url: str) -> list[str]:
     """Below `url`, relative to it."""
     system, root = fsspec.core.url_to_fs(url)
     system.invalidate_cache()
-    return sorted(name.removeprefix(f"{root}/") for name in system.find(root))
+    names = (name.removeprefix(f"{root}/") for name in system.find(root))
+    return sorted(name for name in names if name != ".writable")
 
 
 class Service:
@@ -182,10 +212,11 @@ async def test_a_gateway_that_was_not_told_of_the_place_says_so(service: Service
     [
         ("nowhere://bucket", "nowhere"),
         ("file:///proc/no/such/folder", "cannot be opened"),
+        ("s3://no-such-bucket/jobs", "cannot be opened"),
     ],
 )
 async def test_a_place_that_cannot_be_is_refused_at_the_start(
-    tmp_path: Path, url: str, says: str
+    tmp_path: Path, url: str, says: str, bucket: str
 ) -> None:
     jobs = Jobs(Draws(), f"sqlite:///{tmp_path}/jobs.db", LIMITS, results=url)
     with pytest.raises(Unavailable, match=says):
