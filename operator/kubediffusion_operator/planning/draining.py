@@ -133,7 +133,8 @@ def is_idle(found: Standing, since: str, least: float) -> bool:
             return False
         if seconds(report.answered) < seconds(since) + least:
             return False
-        if any(s.tasks or s.needed for s in report.models if s.identity == found.name):
+        of_it = (said for said in report.models if said.identity == found.name)
+        if any(said.tasks or said.needed for said in of_it):
             return False
     return True
 

@@ -40,6 +40,7 @@ class Fleet:
         # Kept when the nodes go: a request can be checked while its model has no replica.
         self.facts: dict[str, Facts] = {}
         self.connections: dict[str, NodeConnection] = {}
+        # See `need`.
         self.needed: frozenset[str] = frozenset()
         self._retired: list[NodeConnection] = []
         # Who has a model, or will have it; made anew when that has changed.

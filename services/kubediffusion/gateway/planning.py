@@ -111,7 +111,7 @@ def roles_needed(order: Order) -> list[str]:
 
 
 def models_needed(order: Order) -> frozenset[str]:
-    """The identities of these."""
+    """The identities of their models."""
     return frozenset(order.workflow.models[role].identity for role in roles_needed(order))
 
 
