@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -174,6 +176,17 @@ def test_image_to_image_is_at_its_place_of_the_grid(ours: InProcess) -> None:
         ours.denoiser.advance([lease])
         reuses.append(lease.step_cache.reuses)
     assert reuses == [False, True, False, True]
+
+
+def test_what_is_cached_goes_with_its_lease(ours: InProcess) -> None:
+    lease = start(ours, DENSE)
+    for _ in range(3):
+        ours.denoiser.advance([lease])
+    kept = weakref.ref(lease.step_cache.states.get_state().previous_residual)
+    assert kept() is not None
+    del lease
+    gc.collect()
+    assert kept() is None
 
 
 def test_such_a_lease_goes_alone(ours: InProcess) -> None:

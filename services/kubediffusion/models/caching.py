@@ -36,7 +36,7 @@ class LeaseCache:
 
     def __init__(self, config: MagCacheConfig, first_step: int) -> None:
         self.config = config
-        self.states = StateManager(MagCacheState)  # type: ignore[arg-type]
+        self.states = _states()
         self.states.set_context(CacheContext("lease"))
         # Of the request's whole grid: of its calibration, image-to-image has the last part.
         self._state.step_index = first_step
@@ -49,6 +49,10 @@ class LeaseCache:
     def reuses(self) -> bool:
         """Whether the step reuses; known once the first block was reached."""
         return not self._state.should_compute
+
+
+def _states() -> StateManager:
+    return StateManager(MagCacheState)  # type: ignore[arg-type]
 
 
 def lease_cache(asked: StepCache, *, grid: int, first_step: int) -> LeaseCache:
@@ -76,6 +80,7 @@ class StepCaches:
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
         self._hooks: list[tuple[torch.nn.Module, str, Any]] = []
+        self._nobody = _states()
         self.steps_reused = 0
 
     @contextmanager
@@ -89,10 +94,16 @@ class StepCaches:
             # On top of whatever hooks there are, such as those of pruning: it sees all tokens.
             apply_mag_cache(self._module, lease.config)
             self._hooks = _hooks_of(self._module)
-        for _, _, hook in self._hooks:
-            hook.config, hook.state_manager = lease.config, lease.states
-        yield
+        self._bind(lease.config, lease.states)
+        try:
+            yield
+        finally:
+            self._bind(lease.config, self._nobody)  # the lease's tensors go when it goes
         self.steps_reused += lease.reuses
+
+    def _bind(self, config: MagCacheConfig, states: StateManager) -> None:
+        for _, _, hook in self._hooks:
+            hook.config, hook.state_manager = config, states
 
     def _remove(self) -> None:
         for block, name, _ in self._hooks:
