@@ -251,12 +251,20 @@ class KubeDiffusion:
                     best = head
             if best is None:
                 return
-            able = board.idle & board.holders[best.waits]
+            able = self._able(best)
             if not able:
                 blocked.add(best.waits)
                 continue
             self.waiting.take(best)
             self._lease(best, self._node_for(best, able), now)
+
+    def _able(self, ticket: Ticket) -> set[int]:
+        """Idle nodes for what it needs next. Another gateway cannot revoke a lease of ours, so
+        where nodes are shared, those with scarce encoders only encode."""
+        board, holders = self.board, self.board.holders[ticket.waits]
+        if self.parameters.shared and not ticket.encode and not holders <= board.scarce:
+            return (board.idle & holders) - board.scarce
+        return board.idle & holders
 
     def _node_for(self, ticket: Ticket, able: set[int]) -> int:
         sought, at = self.board.sought, ticket.at
