@@ -123,6 +123,34 @@ def test_after_shedding_the_rest_is_feasible(tickets):
     assert not open_tickets or not _short(open_tickets, 0.0)
 
 
+# ------------------------------------------------------------------ several gateways
+
+
+def test_gateways_that_share_nodes_leave_scarce_encoders_to_encoding():
+    """Six nodes, of which two hold the encoders beside a denoiser that the others have as well."""
+    jobs = [job(i, LARGE, 0.3 * i) for i in range(40)]
+    options = Options(report_interval=0.1, timeline=True)
+    for gateways, denoises in ((1, True), (3, False)):
+        outcome, simulation = simulated(
+            "kubediffusion", jobs, build(6, 14.0, gateways=gateways, follow=False), options
+        )
+        scarce = {each.index for each in simulation.machines if "text" in each.resident}
+        assert len(scarce) == 2
+        longest = max(span.end - span.start for span in outcome.spans if span.node in scarce)
+        assert (longest > 0.5) is denoises
+        assert on_time(jobs, outcome) > 5
+
+
+def test_a_family_that_only_scarce_nodes_can_serve_is_served():
+    jobs = [job(i, SMALL, 1.0 * i) for i in range(12)]
+    outcome, simulation = simulated(
+        "kubediffusion", jobs, build(6, 9.0, gateways=2, follow=False), Options(report_interval=0.1)
+    )
+    holders = [each for each in simulation.machines if "small" in each.resident]
+    assert all("text" in each.resident for each in holders)
+    assert on_time(jobs, outcome) == 12
+
+
 # ------------------------------------------------------------------ tenants
 
 
