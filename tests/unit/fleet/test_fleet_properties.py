@@ -23,6 +23,8 @@ from fleet_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kubediffusion.simulate.fleet as fleet
+from kubediffusion.scheduling.policies.diflow import DiFlow
 from kubediffusion.scheduling.policies.feasibility import Claims, Ledger
 from kubediffusion.scheduling.policies.tickets import Shape, Ticket
 from kubediffusion.simulate.outcome import Options
@@ -43,6 +45,26 @@ def test_waiting_for_deferred_inputs_never_locks_up(jobs, gpus):
     for each in jobs:
         ran = simulation.forwards[each.id, "small-control"]
         assert CONTROLLED.steps <= ran <= 2 * CONTROLLED.steps
+
+
+class _Watched(DiFlow):
+    """Asks after every round whether a ready task is left while a worker is available."""
+
+    def decide(self, now):
+        actions = super().decide(now)
+        free = [node for node in self.nodes if self._available(node.index)]
+        assert not free or not any(self._counts.values()), "idle beside ready tasks"
+        return actions
+
+
+@few
+@given(jobs=workloads(15), gpus=st.integers(1, 4))
+def test_diflow_leaves_no_ready_task_beside_a_free_worker(jobs, gpus):
+    kept, fleet.DiFlow = fleet.DiFlow, _Watched
+    try:
+        simulated("diflow", jobs, build(gpus))
+    finally:
+        fleet.DiFlow = kept
 
 
 # ------------------------------------------------------------------ memory
