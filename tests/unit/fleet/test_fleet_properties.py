@@ -23,6 +23,8 @@ from fleet_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kubediffusion.simulate.fleet as fleet
+from kubediffusion.scheduling.policies.diflow import DiFlow
 from kubediffusion.scheduling.policies.feasibility import Claims, Ledger
 from kubediffusion.scheduling.policies.tickets import Shape, Ticket
 from kubediffusion.simulate.outcome import Options
@@ -43,6 +45,26 @@ def test_waiting_for_deferred_inputs_never_locks_up(jobs, gpus):
     for each in jobs:
         ran = simulation.forwards[each.id, "small-control"]
         assert CONTROLLED.steps <= ran <= 2 * CONTROLLED.steps
+
+
+class _Watched(DiFlow):
+    """Asks after every round whether a ready task is left while a worker is available."""
+
+    def decide(self, now):
+        actions = super().decide(now)
+        free = [node for node in self.nodes if self._available(node.index)]
+        assert not free or not any(self._counts.values()), "idle beside ready tasks"
+        return actions
+
+
+@few
+@given(jobs=workloads(15), gpus=st.integers(1, 4))
+def test_diflow_leaves_no_ready_task_beside_a_free_worker(jobs, gpus):
+    kept, fleet.DiFlow = fleet.DiFlow, _Watched
+    try:
+        simulated("diflow", jobs, build(gpus))
+    finally:
+        fleet.DiFlow = kept
 
 
 # ------------------------------------------------------------------ memory
@@ -121,6 +143,34 @@ def test_after_shedding_the_rest_is_feasible(tickets):
         register.close(victim)
         open_tickets.remove(victim)
     assert not open_tickets or not _short(open_tickets, 0.0)
+
+
+# ------------------------------------------------------------------ several gateways
+
+
+def test_gateways_that_share_nodes_leave_scarce_encoders_to_encoding():
+    """Six nodes, of which two hold the encoders beside a denoiser that the others have as well."""
+    jobs = [job(i, LARGE, 0.3 * i) for i in range(40)]
+    options = Options(report_interval=0.1, timeline=True)
+    for gateways, denoises in ((1, True), (3, False)):
+        outcome, simulation = simulated(
+            "kubediffusion", jobs, build(6, 14.0, gateways=gateways, follow=False), options
+        )
+        scarce = {each.index for each in simulation.machines if "text" in each.resident}
+        assert len(scarce) == 2
+        longest = max(span.end - span.start for span in outcome.spans if span.node in scarce)
+        assert (longest > 0.5) is denoises
+        assert on_time(jobs, outcome) > 5
+
+
+def test_a_family_that_only_scarce_nodes_can_serve_is_served():
+    jobs = [job(i, SMALL, 1.0 * i) for i in range(12)]
+    outcome, simulation = simulated(
+        "kubediffusion", jobs, build(6, 9.0, gateways=2, follow=False), Options(report_interval=0.1)
+    )
+    holders = [each for each in simulation.machines if "small" in each.resident]
+    assert all("text" in each.resident for each in holders)
+    assert on_time(jobs, outcome) == 12
 
 
 # ------------------------------------------------------------------ tenants

@@ -42,6 +42,7 @@ class Tables:
 # (arrival, -depth), then the request and the task, so that nothing is left to chance.
 Order = tuple[float, int, int, int]
 _Entry = tuple[Order, int, "Task"]
+_Input = tuple[float, list[int], set[int]]
 
 
 @dataclass(slots=True, eq=False)
@@ -216,21 +217,20 @@ class DiFlow:
     # ---------------------------------------------------------------- dispatching
 
     def decide(self, now: float) -> Sequence[Action]:
-        while True:
-            available = [
-                node.index
-                for node in self.nodes
-                if node.up and self._reserved[node.index] <= AVAILABLE_WITHIN + _EPS
-            ]
-            if not available:
-                break
+        available = [node.index for node in self.nodes if node.up and self._available(node.index)]
+        while available:
             head = self._pop()
             if head is None:
                 break
             group = self._group(head, len(available))
-            self._dispatch(group, available)
+            node = self._dispatch(group, available)
+            if node in available and not self._available(node):
+                available.remove(node)
         out, self._out = self._out, []
         return out
+
+    def _available(self, node: int) -> bool:
+        return self._reserved[node] <= AVAILABLE_WITHIN + _EPS
 
     def _pop(self) -> Task | None:
         while self._ready:
@@ -263,7 +263,8 @@ class DiFlow:
             heapq.heappush(heap, entry)
         return group
 
-    def _dispatch(self, group: list[Task], available: Sequence[int]) -> None:
+    def _dispatch(self, group: list[Task], available: Sequence[int]) -> int:
+        """Starts the group, and returns where."""
         head = group[0]
         run = head.run
         node, parts = self._place(group, available)
@@ -286,6 +287,7 @@ class DiFlow:
         for task in group:
             task.work = work
         self._out.append(Start(work))
+        return node
 
     def _defer(self, task: Task, work: Work, seconds: float) -> None:
         """The denoiser may start, and ends after its ControlNet: by what is left to do when the
@@ -303,13 +305,14 @@ class DiFlow:
     ) -> tuple[int, tuple[float, float, float]]:
         """The worker of the least cost, and its transfer, load and run seconds."""
         head = group[0]
+        inputs = self._inputs(group)
         pinned = head.run.sampler_at if head.op.pinned else None
         if pinned is not None and self.nodes[pinned].up:
-            return pinned, (self._transfer(group, pinned), 0.0, 0.0)
+            return pinned, (self._transfer(inputs, pinned), 0.0, 0.0)
         seconds = 0.0 if head.op.pinned else self._run_seconds(head.op, len(group))
         best: tuple[float, int, tuple[float, float, float]] | None = None
         for node in available:
-            transfer = self._transfer(group, node)
+            transfer = self._transfer(inputs, node)
             load = self._load(head.op, node)
             cost = self._reserved[node] + transfer + load + seconds
             if best is None or cost < best[0] - _EPS:
@@ -317,17 +320,23 @@ class DiFlow:
         assert best is not None
         return best[1], best[2]
 
-    def _transfer(self, group: Sequence[Task], node: int) -> float:
-        """Summed over inputs; a source on the same host before the first one."""
-        nodes, seconds = self.nodes, 0.0
+    def _inputs(self, group: Sequence[Task]) -> list[_Input]:
+        """What has to be where the group runs: bytes, the nodes that have it, and their hosts."""
+        out: list[_Input] = []
         for task in group:
+            tasks = task.run.tasks
             for index, nbytes in task.op.inputs:
-                at = task.run.tasks[index].at
-                if node in at or not nbytes or not at:
-                    continue
-                host = nodes[node].host
-                same = any(nodes[each].host == host for each in at)
-                seconds += self.costs.transfer(nbytes, same)
+                at = tasks[index].at
+                if nbytes and at:
+                    out.append((nbytes, at, {self.nodes[each].host for each in at}))
+        return out
+
+    def _transfer(self, inputs: Sequence[_Input], node: int) -> float:
+        """Summed over inputs; a source on the same host before the first one."""
+        host, seconds = self.nodes[node].host, 0.0
+        for nbytes, at, hosts in inputs:
+            if node not in at:
+                seconds += self.costs.transfer(nbytes, host in hosts)
         return seconds
 
     def _heavy(self, op: Op) -> bool:

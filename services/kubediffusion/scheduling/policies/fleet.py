@@ -31,6 +31,8 @@ class Board:
         self.holders: list[set[int]] = [set() for _ in self.keys]
         # By pipeline: whether some nodes can denoise and not encode.
         self.apart = [False] * len(self.shapes)
+        # Nodes with encoders that others lack: while they denoise, no request can begin.
+        self.scarce: set[int] = set()
         self.idle: set[int] = set()
         self.running = Running(batch)
         self.demand = [1.0] * len(self.keys)
@@ -74,6 +76,13 @@ class Board:
             not self.holders[shape.denoise_key] <= self.holders[shape.encode_key]
             for shape in self.shapes.values()
         ]
+        self.scarce = set[int]().union(
+            *(
+                self.holders[shape.encode_key]
+                for shape in self.shapes.values()
+                if self.apart[shape.index]
+            )
+        )
         for node in self.nodes:
             self.sought[node.index] = sum(
                 self.demand[key] / len(self.holders[key]) for key in self.can[node.index]

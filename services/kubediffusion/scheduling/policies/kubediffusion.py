@@ -251,12 +251,20 @@ class KubeDiffusion:
                     best = head
             if best is None:
                 return
-            able = board.idle & board.holders[best.waits]
+            able = self._able(best.waits, encode=best.encode)
             if not able:
                 blocked.add(best.waits)
                 continue
             self.waiting.take(best)
             self._lease(best, self._node_for(best, able), now)
+
+    def _able(self, key: int, *, encode: bool) -> set[int]:
+        """Idle nodes that hold those models. Another gateway cannot revoke a lease of ours, so
+        where nodes are shared, those with scarce encoders only encode."""
+        board, holders = self.board, self.board.holders[key]
+        if self.parameters.shared and not encode and not holders <= board.scarce:
+            return (board.idle & holders) - board.scarce
+        return board.idle & holders
 
     def _node_for(self, ticket: Ticket, able: set[int]) -> int:
         sought, at = self.board.sought, ticket.at
@@ -269,7 +277,7 @@ class KubeDiffusion:
         )
         tickets, nodes = [ticket], [node]
         if not encode_only:
-            spare = (board.idle & board.holders[shape.denoise_key]) - {node}
+            spare = self._able(shape.denoise_key, encode=False) - {node}
             if self.waiting and len(board.idle) == 1 and (self._pressed or self.parameters.eager):
                 self._batching.fill(tickets, node, now)
             elif spare and not self.waiting and self._worth_splitting(ticket):
