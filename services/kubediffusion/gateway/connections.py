@@ -135,6 +135,11 @@ class NodeConnection:
         return len(self._assigned)
 
     @property
+    def expected_seconds(self) -> float:
+        """All that we have there, as it was expected to take from its beginning."""
+        return self._expected
+
+    @property
     def pending_releases(self) -> int:
         return self._outbox.pending_releases
 
@@ -191,6 +196,14 @@ class NodeConnection:
             if self._full.known and self._full.withdrawn(key):
                 # Not from within: whoever gives it up is not done with that.
                 self._timers.after("room", 0.0, self._room)
+
+    def yield_lease(self, assignment: Assignment) -> None:
+        """The lease is to come back at its next step boundary, with a checkpoint."""
+        message = node_pb2.WorkRequest()
+        key = getattr(message, "yield").key
+        key.request_id, key.task = assignment.request_id, assignment.task_name
+        key.epoch = assignment.epoch
+        self._outbox.send(message)
 
     def cancel(self, request_id: str) -> None:
         if self._up:

@@ -17,8 +17,9 @@ from kubediffusion.errors import Internal, InvalidInput, KubeDiffusionError, Una
 from kubediffusion.gateway.attempts import Attempt, RunListener, TaskRun, TaskStatus
 from kubediffusion.gateway.config import GatewayConfig
 from kubediffusion.gateway.connections import NodeConnection
-from kubediffusion.gateway.dispatch import assign_message, bytes_to_pull, placement_task
+from kubediffusion.gateway.dispatch import assign_message, bytes_to_pull
 from kubediffusion.gateway.nodes import Fleet
+from kubediffusion.gateway.placing import Placing, PlacingByQueue, Turn
 from kubediffusion.gateway.plan import ImagePlan
 from kubediffusion.gateway.timers import Timers
 from kubediffusion.scheduling.placement import Placement
@@ -28,7 +29,12 @@ from kubediffusion.v1alpha1 import gateway_pb2, node_pb2
 
 class ImageRun:
     def __init__(
-        self, plan: ImagePlan, fleet: Fleet, config: GatewayConfig, listener: RunListener
+        self,
+        plan: ImagePlan,
+        fleet: Fleet,
+        config: GatewayConfig,
+        listener: RunListener,
+        placing: Placing | None = None,
     ) -> None:
         self.plan = plan
         self.closed = False
@@ -39,6 +45,7 @@ class ImageRun:
         self._fleet = fleet
         self._config = config
         self._listener = listener
+        self._placing = placing or PlacingByQueue(fleet)
         self._readers: dict[str, list[TaskRun]] = {name: [] for name in self.tasks}
         for task in self.tasks.values():
             for producer in {source for source, _ in task.planned.ports.values()}:
@@ -109,6 +116,11 @@ class ImageRun:
         for node in self._touched:
             node.release(request_id)
         self._touched.clear()
+        self._placing.touched(self)
+
+    def shed(self, error: KubeDiffusionError) -> None:
+        """The policy gave it up, for others' sake or because it cannot be on time any more."""
+        self._fail(error)
 
     # ------------------------------------------------------------ placing
 
@@ -119,12 +131,26 @@ class ImageRun:
         task.status = TaskStatus.WAITING
         if not self._inputs_ready(task):
             return
-        placement = self._fleet.place(placement_task(task, self.tasks))
+        placement = self._placing.place(self, task)
+        if isinstance(placement, Turn):
+            task.status = TaskStatus.TURN
+            self._placing.touched(self)
+            return
         node = None if placement is None else self._fleet.connections.get(placement.address)
         if placement is None or node is None or not placement.ready:
             self._hold(task)
             return
         self._assign(task, node, placement)
+
+    @property
+    def awaits_turn(self) -> bool:
+        return any(task.status is TaskStatus.TURN for task in self.tasks.values())
+
+    def take_turn(self) -> None:
+        """Asks again where the tasks are to run whose turn had not come."""
+        for task in self.tasks.values():
+            if task.status is TaskStatus.TURN:
+                self._dispatch(task)
 
     def _inputs_ready(self, task: TaskRun) -> bool:
         """Sends producers whose outputs went with their node to run again."""
@@ -269,6 +295,7 @@ class ImageRun:
             total_seconds=self._fleet.now() - attempt.since,
             attempts=task.attempts,
         )
+        self._placing.ran(attempt, task.time)
 
     def _declined(self, attempt: Attempt, body: node_pb2.Declined) -> None:
         """Another node, now; a refusal that says nothing of the task is not held against it."""
@@ -307,12 +334,14 @@ class ImageRun:
         return True
 
     def _yielded(self, attempt: Attempt, body: node_pb2.Yielded) -> None:
-        """A node that drains, or evicts the model, gave the lease back: nobody's failure."""
+        """A node that drains, evicts the model or was asked to gave the lease back: nobody's
+        failure."""
         task = attempt.task
         self._keep_checkpoint(task, body.checkpoint)
         self._leave(attempt)
-        attempt.node.declined(task.planned.model, node_pb2.DECLINE_REASON_NOT_RESIDENT)
-        self._listener.resumed(self, task, "Yielded")
+        if not attempt.revoked:
+            attempt.node.declined(task.planned.model, node_pb2.DECLINE_REASON_NOT_RESIDENT)
+        self._listener.resumed(self, task, "Revoked" if attempt.revoked else "Yielded")
         self._dispatch(task)
 
     def _failed(self, attempt: Attempt, body: node_pb2.Failed) -> None:
@@ -395,6 +424,7 @@ class ImageRun:
         attempt.task.attempt = None
         if attempt.task.status is TaskStatus.ASSIGNED:
             attempt.task.status = TaskStatus.WAITING
+        self._placing.touched(self)
 
     def _fail(self, error: KubeDiffusionError) -> None:
         if not self.closed:

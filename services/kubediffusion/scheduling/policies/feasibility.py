@@ -33,6 +33,13 @@ class Ledger:
         self.came = [0] * self.families
         self.lost = [0] * self.families
 
+    def grow(self, families: int) -> None:
+        """Further families, which have lost nothing yet."""
+        more = [0] * (families - self.families)
+        self.came += more
+        self.lost += more
+        self.families = families
+
     def can_give(self, family: int) -> bool:
         return self.lost[family] + 1 <= (1.0 - self.floor) * self.came[family]
 

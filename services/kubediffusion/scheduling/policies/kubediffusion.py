@@ -110,7 +110,8 @@ class KubeDiffusion:
 
     def arrived(self, job: Job, now: float) -> None:
         shape = self.board.shapes[job.pipeline.name]
-        ticket = Ticket(job, shape, steps=job.pipeline.steps)
+        ticket = Ticket(job, shape, encode=not job.encoded, steps=job.steps_left)
+        ticket.begun = ticket.steps < job.pipeline.steps
         self._tickets[job.id] = ticket
         self.ledger.came[shape.family] += 1
         self._wait(ticket)
@@ -137,6 +138,26 @@ class KubeDiffusion:
     def fleet_changed(self, now: float) -> None:
         self.board.refresh()
         self._fresh = True
+
+    def withdrawn(self, job: Job, now: float) -> None:
+        ticket = self._tickets.pop(job.id, None)
+        if ticket is not None:
+            ticket.over = True
+            self._take(ticket)
+
+    def learnt(self, costs: Costs, pipelines: Sequence[Pipeline], now: float) -> None:
+        self.costs = LeaseCosts(costs, self.parameters.dispatch, self.parameters.sampler)
+        self.board.learn(pipelines, self.costs)
+        self.ledger.grow(len(self.board.families))
+        self._gains.clear()
+        self._heaps = [[] for _ in self.board.keys]
+        for ticket in self._tickets.values():
+            ticket.shape = self.board.shapes[ticket.job.pipeline.name]
+        self.fleet_changed(now)
+        for ticket in self._tickets.values():
+            if ticket.work is None:
+                self._take(ticket)
+                self._wait(ticket)
 
     def wake_at(self, now: float) -> float | None:
         """The next look at the plan, the next request to become late, the next node to be free."""
