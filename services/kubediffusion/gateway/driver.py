@@ -127,18 +127,23 @@ class PolicyDriver:
             return self._by_queue(run, task)
         if led.work is None or led.revoked or part not in led.covers:
             return TURN
-        return self._on_node(run, task, led.work) or TURN
+        return self._on_node(led, task, led.work) or TURN
 
     def _by_queue(self, run: ImageRun, task: TaskRun) -> Placement | None:
         return self._fleet.place(placement_task(task, run.tasks))
 
-    def _on_node(self, run: ImageRun, task: TaskRun, work: Work) -> Placement | None:
-        """On the work's node, where that can take it."""
-        connection = self._fleet.connections.get(self.records.addresses[work.node])
+    def _on_node(self, led: Led, task: TaskRun, work: Work) -> Placement | None:
+        """On the work's node, where that can take it and has not failed it meanwhile."""
+        address = self.records.addresses[work.node]
+        if address in task.failed_on and address not in led.failed_before:
+            return None
+        connection = self._fleet.connections.get(address)
         state = None if connection is None else connection.state
         if state is None:
             return None
-        found = place(placement_task(task, run.tasks), [state], self._fleet.profiles, self._now())
+        found = place(
+            placement_task(task, led.run.tasks), [state], self._fleet.profiles, self._now()
+        )
         return found if found is not None and found.ready else None
 
     def touched(self, run: ImageRun) -> None:

@@ -23,6 +23,7 @@ class Led:
     __slots__ = (
         "believed",
         "covers",
+        "failed_before",
         "image",
         "job",
         "late",
@@ -53,6 +54,8 @@ class Led:
         # The parts of the work.
         self.covers: frozenset[Part] = frozenset()
         self.revoked = False
+        # Where it had failed when the work began: the work's node among them is a last resort.
+        self.failed_before = frozenset[str]()
         # What the policy thinks: encoded or not, and the steps that are left.
         self.believed = (False, 0)
         # Its deadline is none that anybody was promised; or it is past, and it is wanted still.
@@ -103,6 +106,7 @@ class Led:
     def begin(self, work: Work) -> None:
         assert self.lead is not None, "the policy knows it"
         self.work = work
+        self.failed_before = self.failed_on
         self.revoked = False
         self.covers = frozenset(self.lead.part_of(call.model) for call in work.calls)
 
