@@ -31,7 +31,8 @@ from kubediffusion.gateway.nodes import Fleet
 from kubediffusion.gateway.placing import TURN, Turn
 from kubediffusion.gateway.records import Records
 from kubediffusion.scheduling.admission import ShedReason, bounded
-from kubediffusion.scheduling.pipelines import Job
+from kubediffusion.scheduling.costs import Costs
+from kubediffusion.scheduling.pipelines import Job, Pipeline
 from kubediffusion.scheduling.placement import Placement, place
 from kubediffusion.scheduling.policies.live import live_policy
 from kubediffusion.scheduling.policy import Action, Finish, Revoke, Shed, Start, Work
@@ -83,6 +84,7 @@ class PolicyDriver:
         self._jobs: dict[int, Led] = {}
         self._touched: dict[ImageRun, None] = {}
         self._paused: set[Led] = set()
+        self._costs = Costs({})
         self._learning = False
         self._taught = 0.0
         self._moved = False
@@ -103,6 +105,12 @@ class PolicyDriver:
 
     def forget_models(self, keep: frozenset[str]) -> None:
         self._around.forget_models(keep)
+
+    def known(self) -> tuple[Costs, list[Pipeline]]:
+        """All times and pipelines as the policy has them from now on: what a simulator of this
+        fleet needs beside `records`."""
+        self._teach(self._now())
+        return self._costs, self._translator.pipelines
 
     def counts(self) -> dict[str, int]:
         """What is held here; zero of all when nothing is under way."""
@@ -302,10 +310,10 @@ class PolicyDriver:
     def _teach(self, now: float) -> None:
         needed = {led.job.pipeline.name for led in self._jobs.values() if led.job is not None}
         needed |= {led.lead.pipeline.name for led in self._led.values() if led.lead is not None}
-        costs = self._translator.tell(needed)
+        self._costs = self._translator.tell(needed)
         self._learning, self._taught = False, now
         self.records.show()
-        self.policy.learnt(costs, self._translator.pipelines, now)
+        self.policy.learnt(self._costs, self._translator.pipelines, now)
 
     # ---------------------------------------------------------------- actions
 
