@@ -88,6 +88,7 @@ class NodeConnection:
         self._up = False
         self._last_heard = 0.0
         self.load = node_pb2.LoadReport()
+        self.reported_at = 0.0
         self._ready: frozenset[str] = frozenset()
         self._loading: dict[str, float] = {}
         self._draining = False
@@ -401,6 +402,7 @@ class NodeConnection:
 
     def _set_load(self, load: node_pb2.LoadReport) -> None:
         self.load = load
+        self.reported_at = self._now()
         self._sent = 0.0
         self._draining = load.draining
         ready = frozenset(load.resident)

@@ -72,6 +72,7 @@ class PolicyDriver:
         on_shed: Callable[[ImageRun, Overloaded], None],
     ) -> None:
         """Raises InvalidInput where `name` is not of a live policy."""
+        self._name = name
         self._fleet = fleet
         self._now = now
         self._on_shed = on_shed
@@ -135,14 +136,14 @@ class PolicyDriver:
             return self._by_queue(run, task)
         if led.work is None or led.revoked or part not in led.covers:
             return TURN
-        return self._on_node(led, task, led.work) or TURN
+        return self._on_node(led, task) or TURN
 
     def _by_queue(self, run: ImageRun, task: TaskRun) -> Placement | None:
         return self._fleet.place(placement_task(task, run.tasks))
 
-    def _on_node(self, led: Led, task: TaskRun, work: Work) -> Placement | None:
+    def _on_node(self, led: Led, task: TaskRun) -> Placement | None:
         """On the work's node, where that can take it and has not failed it meanwhile."""
-        address = self.records.addresses[work.node]
+        address = led.address
         if address in task.failed_on and address not in led.failed_before:
             return None
         connection = self._fleet.connections.get(address)
@@ -206,9 +207,25 @@ class PolicyDriver:
                     self._act(action, now)
                 if not self._touched:
                     break
+        except Exception:
+            log.exception("a round of policy %s failed; it begins anew", self._name)
+            self._begin_anew(now)
         finally:
             self._rounding = False
             self._arm(now)
+
+    def _begin_anew(self, now: float) -> None:
+        """Whatever went wrong takes no request with it: another policy starts from what is true.
+
+        What runs runs on, as if it were another gateway's; what comes of it is the new policy's.
+        """
+        self.policy = live_policy(self._name, self.records.nodes)
+        self.records.busy.clear()
+        self._jobs.clear()
+        for led in self._led.values():
+            led.job = led.work = None
+        self._touched.update(dict.fromkeys(self._led))
+        self._teach(now)
 
     def _look(self, now: float) -> None:
         moved, self._moved = self.records.refresh(now) or self._moved, False
@@ -217,8 +234,10 @@ class PolicyDriver:
             self._touched.update(dict.fromkeys(self._led))
         if self._learning:
             drift = self._translator.drift()
-            if drift == math.inf or (drift > DRIFT and now >= self._taught + TEACH):
+            due = drift == math.inf or (drift > DRIFT and now >= self._taught + TEACH)
+            if due:
                 self._teach(now)
+            self._learning = drift > DRIFT and not due
         while self._touched:
             run = next(iter(self._touched))
             del self._touched[run]
@@ -311,7 +330,7 @@ class PolicyDriver:
         needed = {led.job.pipeline.name for led in self._jobs.values() if led.job is not None}
         needed |= {led.lead.pipeline.name for led in self._led.values() if led.lead is not None}
         self._costs = self._translator.tell(needed)
-        self._learning, self._taught = False, now
+        self._taught = now
         self.records.show()
         self.policy.learnt(self._costs, self._translator.pipelines, now)
 
@@ -340,7 +359,7 @@ class PolicyDriver:
         if len(work.jobs) != 1 or work.helpers:
             raise NotImplementedError("a node runs one lease of one request, and helps nobody")
         led = self._jobs[work.jobs[0].id]
-        led.begin(work)
+        led.begin(work, self.records.addresses[work.node])
         self.records.busy.add(work.node)
         led.run.take_turn()
         if not led.on_node:

@@ -21,6 +21,7 @@ class Led:
     and ``work`` what it runs. `image` is None where nothing of it can be led."""
 
     __slots__ = (
+        "address",
         "believed",
         "covers",
         "failed_before",
@@ -51,7 +52,8 @@ class Led:
         self.lead: Lead | None = None
         self.job: Job | None = None
         self.work: Work | None = None
-        # The parts of the work.
+        # The node of the work, and its parts.
+        self.address = ""
         self.covers: frozenset[Part] = frozenset()
         self.revoked = False
         # Where it had failed when the work began: the work's node among them is a last resort.
@@ -84,8 +86,11 @@ class Led:
 
     @property
     def on_node(self) -> bool:
-        """Whether some task of the work is on a node."""
-        return any(task.attempt is not None for task in self._tasks(*self.covers))
+        """Whether some task of the work is on its node."""
+        return any(
+            task.attempt is not None and task.attempt.node.address == self.address
+            for task in self._tasks(*self.covers)
+        )
 
     @property
     def begun(self) -> bool:
@@ -103,9 +108,10 @@ class Led:
         # At its last step, a lease still has to be finished on a node.
         return encoded, max(1, lease.planned.steps - done)
 
-    def begin(self, work: Work) -> None:
+    def begin(self, work: Work, address: str) -> None:
         assert self.lead is not None, "the policy knows it"
         self.work = work
+        self.address = address
         self.failed_before = self.failed_on
         self.revoked = False
         self.covers = frozenset(self.lead.part_of(call.model) for call in work.calls)
@@ -144,8 +150,10 @@ def _image(tasks: list[PlannedTask], parts: dict[str, Part]) -> Image | None:
     """None where there is no denoiser, whose lease could be led."""
     stages: dict[Part, list[Stage]] = {part: [] for part in Part}
     for each in tasks if parts else ():
-        stage = Stage(each.model, each.stage, each.units, each.steps, each.models[1:])
-        stages[parts[each.name]].append(stage)
+        part = parts[each.name]
+        # An earlier denoiser is encoding to the policy: it is not asked for step by step.
+        steps = each.steps if part is Part.STEP else 0
+        stages[part].append(Stage(each.model, each.stage, each.units, steps, each.models[1:]))
     if len(stages[Part.STEP]) != 1 or stages[Part.STEP][0].steps < 1:
         return None
     (step,) = stages[Part.STEP]

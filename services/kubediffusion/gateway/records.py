@@ -14,8 +14,7 @@ from kubediffusion.gateway.nodes import Fleet
 from kubediffusion.scheduling.policy import Node
 from kubediffusion.scheduling.translation import Translator
 
-# A node that refused a task is left alone for so long, or that is busy with others' for so long at
-# least, in seconds.
+# Seconds that a node is left alone: one with others' work, at least, and one that was full.
 _ASK_AGAIN = 0.01
 _FULL = 0.1
 
@@ -90,6 +89,8 @@ class Records:
             return 0.0
         until = min(state.full_until, now + _FULL) if state.full_until > now else 0.0
         if state.gateways > 1 and state.queued + state.running > connection.assigned:
-            ours = connection.expected_seconds
-            until = max(until, now + max(_ASK_AGAIN, connection.load.queued_seconds - ours))
+            # From the report on, not from now: at that moment we ask the node, and if others took
+            # it meanwhile it is the node that says whose turn is first.
+            theirs = connection.load.queued_seconds - connection.expected_seconds
+            until = max(until, connection.reported_at + max(_ASK_AGAIN, theirs))
         return until

@@ -36,7 +36,7 @@ class TableNode:
     host_id = node_id = "host"
     fingerprint = "cpu-1"
     description = None
-    expected_seconds = 0.0
+    expected_seconds = reported_at = 0.0
 
     def __init__(self, name: str, world: World) -> None:
         self.address = name

@@ -339,6 +339,29 @@ async def changed_load(gateway: Gateway, address: str) -> None:
             await asyncio.sleep(0)
 
 
+async def test_a_policy_that_breaks_is_replaced_and_nothing_is_lost(tmp_path):
+    nodes = [one_node(tmp_path, name) for name in "ab"]
+    async with led(nodes) as gateway:
+        await all_up(gateway, 2)
+        assert gateway.driver is not None
+        broken, left = gateway.driver.policy, 12
+
+        def decide(now: float) -> object:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise ZeroDivisionError
+            return type(broken).decide(broken, now)  # type: ignore[arg-type]
+
+        broken.decide = decide  # type: ignore[method-assign, assignment]
+        answers = await asyncio.gather(
+            *(events_of(gateway, request(seed=seed)) for seed in range(12))
+        )
+        assert all(kinds(events)[-1] == "finished" for events in answers)
+        assert gateway.driver.policy is not broken
+        assert_empty(gateway)
+
+
 def test_a_policy_that_is_not_there_is_named():
     with pytest.raises(InvalidInput, match="kubediffusion-fair"):
         Gateway(GatewayConfig(policy="fastest"))
