@@ -36,6 +36,7 @@ class TableNode:
     host_id = node_id = "host"
     fingerprint = "cpu-1"
     description = None
+    leaving = False
     expected_seconds = reported_at = 0.0
 
     def __init__(self, name: str, world: World) -> None:
@@ -121,6 +122,7 @@ class World:
         self.fleet.connections = {node.address: node for node in self.nodes}  # type: ignore
         self.shed = 0
         self.driver = PolicyDriver("kubediffusion", self.fleet, lambda: self.now, self._on_shed)
+        self.policy = self.driver.policy
         self.runs: list[tuple[ImageRun, Listener]] = []
         for model, (stage, seconds) in zip(MODELS, SECONDS.items(), strict=True):
             self.fleet.profiles.observe_run(model, stage, "cpu-1", 1.0, seconds)
@@ -238,6 +240,7 @@ class World:
             self.driver._timed()
 
     def check(self) -> None:
+        assert self.driver.policy is self.policy, "a round failed"
         sent = {key for node in self.nodes for key in node.tasks}
         for run, listener in self.runs:
             here = {name for request, name in sent if request == run.request_id}
