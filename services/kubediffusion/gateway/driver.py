@@ -351,7 +351,8 @@ class PolicyDriver:
             led = self._jobs.pop(action.job.id, None)
             if led is not None:
                 led.job = None
-                self.touched(led.run)  # what is to be done again comes again
+                if led.run.awaits_turn:
+                    self.touched(led.run)  # something of it was lost, and is to be done again
         else:
             log.error("a policy without a plan asks to load %s", action.model)
 
