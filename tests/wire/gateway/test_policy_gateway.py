@@ -275,7 +275,7 @@ async def test_a_client_that_leaves_frees_its_place(tmp_path):
         assert (await anext(waiting)).WhichOneof("kind") == "queued"
         await asyncio.sleep(0)  # the round of this turn
         assert gateway.debug_counts()["jobs"] == 2
-        assert gateway.status().queued == 1
+        assert gateway.status().queued >= 1
         await waiting.aclose()
         assert gateway.debug_counts()["jobs"] == 1
         first.cancel()
