@@ -169,8 +169,8 @@ class PolicyDriver:
     def ran(self, attempt: Attempt, time: gateway_pb2.StageTime) -> None:
         planned, timing = attempt.task.planned, time.timing
         around = max(0.0, time.total_seconds - timing.queue_seconds - timing.run_seconds)
-        # What other tasks took of the node meanwhile is not this one's.
-        around = min(around, 0.01 + 0.1 * timing.run_seconds)
+        if planned.steps:  # what other tasks took of the node between its steps is not its own
+            around = min(around, 0.02 + 0.1 * timing.run_seconds)
         self._around.observe_run(planned.model, planned.stage, "", 1.0, around)
         self._learning = True
 
