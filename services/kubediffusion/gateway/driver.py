@@ -159,12 +159,19 @@ class PolicyDriver:
         led = self._led.get(run)
         if led is None:
             return
+        self._touched[run] = None
         if run.closed and not self._rounding:
-            self._touched.pop(run, None)
-            self._settle(led, self._now())
-        else:
-            self._touched[run] = None
+            self._close(led, self._now())
         self._wake()
+
+    def _close(self, led: Led, now: float) -> None:
+        """At once: nothing of a request that is over is held."""
+        del self._touched[led.run]
+        try:
+            self._settle(led, now)
+        except Exception:
+            self._led.pop(led.run, None)
+            self._begin_anew(now)
 
     def ran(self, attempt: Attempt, time: gateway_pb2.StageTime) -> None:
         planned, timing = attempt.task.planned, time.timing
@@ -208,17 +215,15 @@ class PolicyDriver:
                 if not self._touched:
                     break
         except Exception:
-            log.exception("a round of policy %s failed; it begins anew", self._name)
             self._begin_anew(now)
         finally:
             self._rounding = False
             self._arm(now)
 
     def _begin_anew(self, now: float) -> None:
-        """Whatever went wrong takes no request with it: another policy starts from what is true.
-
-        What runs runs on, as if it were another gateway's; what comes of it is the new policy's.
-        """
+        """An exception takes no request with it: another policy starts from what is true. What runs
+        runs on, beside what the new one sends, and what comes of it is the new one's."""
+        log.exception("policy %s failed; another one takes its place", self._name)
         self.policy = live_policy(self._name, self.records.nodes)
         self.records.busy.clear()
         self._jobs.clear()

@@ -27,6 +27,7 @@ from gateways import (
 from kubediffusion.errors import InvalidInput, Overloaded, Unavailable
 from kubediffusion.gateway.config import GatewayConfig
 from kubediffusion.gateway.core import Gateway
+from kubediffusion.scheduling.policies.live import NAMES, QUEUE
 from kubediffusion.v1alpha1 import node_pb2
 from kubediffusion.workflow import Slo
 
@@ -106,9 +107,11 @@ async def test_all_tasks_of_a_request_run_on_the_node_that_the_policy_chose(tmp_
         assert_empty(gateway)
 
 
-async def test_pictures_are_those_of_a_gateway_without_a_policy(tmp_path):
+@pytest.mark.parametrize("policy", [name for name in NAMES if name != QUEUE])
+async def test_pictures_are_those_of_a_gateway_without_a_policy(tmp_path, policy):
     before = await undisturbed(tmp_path, seed=5)
-    async with led([one_node(tmp_path)]) as gateway:
+    config = replace(CONFIG, policy=policy)
+    async with gateway_over([one_node(tmp_path)], config=config) as gateway:
         (image,) = images(await events_of(gateway, request(seed=5)))
         assert image.png == before
 
@@ -360,6 +363,22 @@ async def test_a_policy_that_breaks_is_replaced_and_nothing_is_lost(tmp_path):
         assert all(kinds(events)[-1] == "finished" for events in answers)
         assert gateway.driver.policy is not broken
         assert_empty(gateway)
+
+
+async def test_a_policy_that_breaks_holds_up_no_client_that_leaves(tmp_path):
+    node = one_node(tmp_path)
+    async with led([node]) as gateway:
+        assert gateway.driver is not None
+        pace = node.script = Pace(seed=1)
+        asked = asyncio.create_task(events_of(gateway, request(seed=1)))
+        await asyncio.wait_for(pace.reached.wait(), 60)
+        broken = gateway.driver.policy
+        broken.ended = None  # type: ignore[method-assign, assignment]
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        assert gateway.driver.policy is not broken
+        assert_empty(gateway)
+        assert kinds(await events_of(gateway, request(seed=2)))[-1] == "finished"
 
 
 def test_a_policy_that_is_not_there_is_named():
