@@ -37,7 +37,7 @@ from kubediffusion.scheduling.placement import Placement, place
 from kubediffusion.scheduling.policies.live import live_policy
 from kubediffusion.scheduling.policy import Action, Finish, Revoke, Shed, Start, Work
 from kubediffusion.scheduling.profiles import Profiles
-from kubediffusion.scheduling.translation import Translator
+from kubediffusion.scheduling.translation import Image, Lead, Translator
 from kubediffusion.v1alpha1 import gateway_pb2
 
 if TYPE_CHECKING:
@@ -130,13 +130,21 @@ class PolicyDriver:
         if led.image is None:
             return self._by_queue(run, task)
         if led.job is None:
-            led.lead = self._translator.lead(led.image, led.failed_on)
+            led.lead = self._lead_of(led, led.image)
         part = led.parts[task.planned.name]
         if led.lead is None or part not in led.lead.parts:
             return self._by_queue(run, task)
         if led.work is None or led.revoked or part not in led.covers:
             return TURN
         return self._on_node(led, task) or TURN
+
+    def _lead_of(self, led: Led, image: Image) -> Lead | None:
+        """On the nodes of now; those where it failed, or could not go on from its checkpoint, are
+        of no use to it while there are others."""
+        avoided, checkpoint = led.failed_on, led.checkpoint
+        if checkpoint is not None:
+            avoided |= self.records.others(checkpoint.fingerprint)
+        return self._translator.lead(image, avoided)
 
     def _by_queue(self, run: ImageRun, task: TaskRun) -> Placement | None:
         return self._fleet.place(placement_task(task, run.tasks))
@@ -269,11 +277,11 @@ class PolicyDriver:
         """Whether the nodes of now ask for another pipeline than the policy has, or for none."""
         if led.image is None or led.job is None:
             return False
-        return self._translator.lead(led.image, led.failed_on) != led.lead
+        return self._lead_of(led, led.image) != led.lead
 
     def _arrive(self, led: Led, now: float) -> None:
         assert led.image is not None, "what is not led awaits no turn"
-        led.lead = self._translator.lead(led.image, led.failed_on)
+        led.lead = self._lead_of(led, led.image)
         if led.lead is None or not led.waiting <= led.lead.parts:
             led.run.take_turn()  # by the queues, or held until there is a node
             if led.lead is None or not led.run.awaits_turn:

@@ -14,6 +14,7 @@ from kubediffusion.scheduling.translation import Image, Lead, Part, Stage, parts
 
 if TYPE_CHECKING:
     from kubediffusion.gateway.coordinator import ImageRun
+    from kubediffusion.v1alpha1 import node_pb2
 
 
 class Led:
@@ -74,6 +75,12 @@ class Led:
         """Where something failed that is still to be done."""
         left = (t.failed_on for t in self.run.tasks.values() if t.status is not TaskStatus.DONE)
         return frozenset[str]().union(*left)
+
+    @property
+    def checkpoint(self) -> node_pb2.Checkpoint | None:
+        """Of the lease, while that is to be done."""
+        (lease,) = self._tasks(Part.STEP)
+        return None if lease.status is TaskStatus.DONE else lease.checkpoint
 
     @property
     def waiting(self) -> frozenset[Part]:

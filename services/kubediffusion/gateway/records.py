@@ -30,11 +30,14 @@ class Records:
         self._places: dict[str, int] = {}
         self._hosts: dict[str, int] = {}
         self._ready: dict[str, frozenset[str]] = {}
+        self._kinds: dict[str, str] = {}
+        self._others: dict[str, frozenset[str]] = {}
 
     def refresh(self, now: float) -> bool:
         """Whether a node came or went, or its models changed."""
         connections = self._fleet.connections
         ready: dict[str, frozenset[str]] = {}
+        kinds: dict[str, str] = {}
         for address, connection in connections.items():
             place = self._places.get(address)
             if place is None:
@@ -43,11 +46,13 @@ class Records:
             node = self.nodes[place]
             if state is not None and not state.draining and not state.suspect:
                 ready[address] = state.ready
+                kinds[address] = state.fingerprint
                 node.host = self._hosts.setdefault(state.host_id or address, len(self._hosts))
             node.foreign_until = self._foreign(connection, now)
-        if ready == self._ready:
+        if ready == self._ready and kinds == self._kinds:
             return False
-        self._ready = ready
+        self._ready, self._kinds = ready, kinds
+        self._others.clear()
         self._translator.set_nodes(ready)
         for node, address in zip(self.nodes, self.addresses, strict=True):
             node.up = address in ready
@@ -58,6 +63,14 @@ class Records:
         """What each node holds, in the policy's words."""
         for node, address in zip(self.nodes, self.addresses, strict=True):
             node.resident = self._translator.held(address)
+
+    def others(self, fingerprint: str) -> frozenset[str]:
+        """The nodes that are up and of another kind, which cannot go on from its checkpoints."""
+        found = self._others.get(fingerprint)
+        if found is None:
+            found = frozenset(a for a, kind in self._kinds.items() if kind != fingerprint)
+            self._others[fingerprint] = found
+        return found
 
     def shared(self, now: float) -> bool:
         """Whether others' work keeps some node."""

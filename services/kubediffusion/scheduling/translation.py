@@ -12,8 +12,9 @@ use where it has all networks of it.
     denoise  →  the denoiser           always, with its ControlNets on the same node
     decode*  →  the decoder            if every node that can denoise has them
 
-What is not led is placed task by task, as without a policy, and costs the policy nothing. A request
-that failed on a node sees that node without its models while another one has them.
+What is not led is placed task by task, as without a policy, and costs the policy nothing. Nodes
+that a request is to avoid (it failed there, or could not go on from its checkpoint) are to the
+policy without its models, while others have them.
 """
 
 from __future__ import annotations
@@ -169,20 +170,21 @@ class Translator:
 
     # ---------------------------------------------------------------- requests
 
-    def lead(self, image: Image, failed_on: frozenset[str]) -> Lead | None:
-        """How a policy can lead it on the nodes of now; None where no node has its denoiser."""
-        key = (image, failed_on)
+    def lead(self, image: Image, avoided: frozenset[str]) -> Lead | None:
+        """How a policy can lead it on the nodes of now, better not on those to be `avoided`; None
+        where no node has its denoiser."""
+        key = (image, avoided)
         if key not in self._leads:
             if len(self._leads) >= LEADS:
                 self._leads.clear()
-            self._leads[key] = self._lead(image, failed_on)
+            self._leads[key] = self._lead(image, avoided)
         return self._leads[key]
 
-    def _lead(self, image: Image, failed_on: frozenset[str]) -> Lead | None:
-        step, able = self._use((image.step,), failed_on)
+    def _lead(self, image: Image, avoided: frozenset[str]) -> Lead | None:
+        step, able = self._use((image.step,), avoided)
         if not able:
             return None
-        encode, encoders = self._use(image.encode, failed_on)
+        encode, encoders = self._use(image.encode, avoided)
         decode = Use(image.decode)
         uses = {Part.ENCODE: Use(), Part.STEP: step, Part.DECODE: Use()}
         if encode.stages and encoders:
@@ -192,12 +194,12 @@ class Translator:
         parts = frozenset(part for part, use in uses.items() if use.stages)
         return Lead(self._pipeline(image, uses), parts, uses)
 
-    def _use(self, stages: tuple[Stage, ...], failed_on: frozenset[str]) -> tuple[Use, set[str]]:
+    def _use(self, stages: tuple[Stage, ...], avoided: frozenset[str]) -> tuple[Use, set[str]]:
         """Some stages as a use, and the nodes that hold it."""
         models = Use(stages).models
         able = {address for address, ready in self._nodes.items() if models <= ready}
-        avoids = failed_on & able
-        if len(avoids) == len(able):  # where all failed, any of them may try again
+        avoids = avoided & able
+        if len(avoids) == len(able):  # better there than nowhere
             return Use(stages), able
         return Use(stages, avoids), able - avoids
 

@@ -34,13 +34,13 @@ class TableNode:
     """A NodeConnection without a connection; what it was sent lies in `tasks`."""
 
     host_id = node_id = "host"
-    fingerprint = "cpu-1"
     description = None
     leaving = False
     expected_seconds = reported_at = 0.0
 
     def __init__(self, name: str, world: World) -> None:
         self.address = name
+        self.fingerprint = "cpu-2" if name == "c" else "cpu-1"
         self.world = world
         self.incarnation = f"{name}-1"
         self.ready = frozenset(MODELS)
@@ -67,6 +67,8 @@ class TableNode:
         key = (attempt.request_id, attempt.task_name)
         assert self.up, "sent to a node that is down"
         assert message.assign.model in self.ready, "sent to a node without the model"
+        resume = message.assign.lease.resume
+        assert resume.fingerprint in ("", self.fingerprint), "would give other bits"
         holders = [node.address for node in self.world.nodes if key in node.tasks]
         assert not holders, f"{key} is on {holders} already"
         self.tasks[key] = attempt
@@ -174,7 +176,7 @@ class World:
         tensors = {"latents": tensor_pb2.TensorRef(inline=b"x")}
         return node_pb2.Checkpoint(
             step=min(STEPS, before + step % 4), total_steps=STEPS, tensors=tensors,
-            fingerprint="cpu-1",
+            fingerprint=attempt.node.fingerprint,
         )  # fmt: skip
 
     def checkpoint(self, which: int) -> None:

@@ -252,6 +252,30 @@ async def test_a_node_that_dies_loses_no_request(tmp_path, stage, dies_at):
         assert_empty(gateway)
 
 
+async def test_a_lease_goes_on_where_its_checkpoint_is_of_use(tmp_path):
+    died: list[str] = []
+
+    def die(node, assign, step):
+        if node.name == "a" and assign.stage == "denoise" and step == 6 and not died:
+            died.append(assign.key.request_id)
+            return "die"
+        return None
+
+    nodes = [
+        one_node(tmp_path, name, script=die, fingerprint=kind)
+        for name, kind in (("a", "cpu-1"), ("b", "cpu-2"), ("c", "cpu-1"))
+    ]
+    async with led(nodes) as gateway:
+        await all_up(gateway, 3)
+        before, begun = len(died), request(seed=3)
+        while len(died) == before:
+            events = await events_of(gateway, begun)
+        (resumed,) = [e.resumed for e in events if e.WhichOneof("kind") == "resumed"]
+        assert resumed.from_step == 4
+        assert [node.steps[died[0]] for node in nodes] == [6, 0, 4]
+        assert_empty(gateway)
+
+
 async def test_a_task_that_failed_on_a_node_runs_on_another(tmp_path):
     def fail(node, assign, step):
         if node.name == "a" and assign.stage == "denoise" and step == 4:
