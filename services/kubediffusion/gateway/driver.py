@@ -88,7 +88,7 @@ class PolicyDriver:
         self._costs = Costs({})
         self._learning = False
         self._taught = 0.0
-        self._moved = False
+        self._moved = self._shared = False
         self._serial = 0
         self._rounding = False
         self._soon: asyncio.Handle | None = None
@@ -233,6 +233,7 @@ class PolicyDriver:
         runs on, beside what the new one sends, and what comes of it is the new one's."""
         log.exception("policy %s failed; another one takes its place", self._name)
         self.policy = live_policy(self._name, self.records.nodes)
+        self._shared = False
         self.records.busy.clear()
         self._jobs.clear()
         for led in self._led.values():
@@ -242,6 +243,9 @@ class PolicyDriver:
 
     def _look(self, now: float) -> None:
         moved, self._moved = self.records.refresh(now) or self._moved, False
+        if self.records.shared != self._shared:
+            self._shared = self.records.shared
+            self.policy.shares(self._shared, now)
         if moved:
             self.policy.fleet_changed(now)
             self._touched.update(dict.fromkeys(self._led))
@@ -417,7 +421,7 @@ class PolicyDriver:
             self._later = None
         moments = [self.policy.wake_at(now) or math.inf]
         if any(led.work is None for led in self._jobs.values()):
-            moments.append(now + (LOOK_SHARED if self.records.shared(now) else LOOK))
+            moments.append(now + (LOOK_SHARED if self._shared else LOOK))
         moments += [led.not_before for led in self._paused]
         if self._touched:  # the passes did not suffice: somebody sends what somebody refuses
             moments.append(now + LOOK_SHARED)

@@ -25,6 +25,8 @@ class Records:
         self.addresses: list[str] = []
         # Places with a work of ours, maybe on a node that was taken off the list meanwhile.
         self.busy: set[int] = set()
+        # Whether other gateways have streams to some node.
+        self.shared = False
         self._fleet = fleet
         self._translator = translator
         self._places: dict[str, int] = {}
@@ -38,6 +40,10 @@ class Records:
         connections = self._fleet.connections
         ready: dict[str, frozenset[str]] = {}
         kinds: dict[str, str] = {}
+        self.shared = any(
+            connection.state is not None and connection.state.gateways > 1
+            for connection in connections.values()
+        )
         for address, connection in connections.items():
             place = self._places.get(address)
             if place is None:
@@ -48,7 +54,7 @@ class Records:
                 ready[address] = state.ready
                 kinds[address] = state.fingerprint
                 node.host = self._hosts.setdefault(state.host_id or address, len(self._hosts))
-            node.foreign_until = self._foreign(connection, now)
+            node.foreign_until = self._foreign(connection, now) if self.shared else 0.0
         if ready == self._ready and kinds == self._kinds:
             return False
         self._ready, self._kinds = ready, kinds
@@ -71,10 +77,6 @@ class Records:
             found = frozenset(a for a, kind in self._kinds.items() if kind != fingerprint)
             self._others[fingerprint] = found
         return found
-
-    def shared(self, now: float) -> bool:
-        """Whether others' work keeps some node."""
-        return any(node.foreign_until > now for node in self.nodes)
 
     def _settle(self, address: str) -> int:
         """A place for a new node: that of one which is gone for good, or one more."""

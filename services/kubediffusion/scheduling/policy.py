@@ -158,6 +158,10 @@ class LivePolicy(Policy, Protocol):
     `nodes` may grow before `fleet_changed`; each keeps its place.
     """
 
+    def shares(self, shared: bool, now: float) -> None:
+        """Whether other gateways have work on the same nodes; else `foreign_until` is 0 of all."""
+        ...
+
     def withdrawn(self, job: Job, now: float) -> None:
         """The request is not the policy's any more. Its work, if it had one, was told of as
         ended. Unknown requests are ignored."""

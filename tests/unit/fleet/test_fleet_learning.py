@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from fleet_cases import COSTS, LARGE, PIPELINES, SMALL, build, job, workloads
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,6 +79,19 @@ def test_a_node_that_is_new_is_used():
         policy.arrived(job(number, LARGE, 0.0, 10.0), 0.0)
     starts = [each for each in policy.decide(0.0) if isinstance(each, Start)]
     assert {start.work.node for start in starts} == {0, 1}
+
+
+def test_others_work_keeps_a_node_while_there_are_others():
+    policy = idle(1)
+    policy.shares(True, 0.0)
+    policy.nodes[0].foreign_until = 5.0
+    policy.arrived(job(0, SMALL, 0.0, 50.0), 0.0)
+    assert list(policy.decide(0.0)) == []
+    assert policy.wake_at(0.0) == pytest.approx(5.0, abs=0.01)
+    policy.nodes[0].foreign_until = 0.0
+    policy.shares(False, 1.0)
+    (start,) = policy.decide(1.0)
+    assert isinstance(start, Start)
 
 
 def test_a_request_that_leaves_is_not_begun_and_presses_nobody():

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kubediffusion.scheduling.costs import Costs
 from kubediffusion.scheduling.pipelines import Job, Pipeline
@@ -138,6 +138,10 @@ class KubeDiffusion:
     def fleet_changed(self, now: float) -> None:
         self.board.refresh()
         self._fresh = True
+
+    def shares(self, shared: bool, now: float) -> None:
+        self.parameters = replace(self.parameters, shared=shared)
+        self.fleet_changed(now)
 
     def withdrawn(self, job: Job, now: float) -> None:
         ticket = self._tickets.pop(job.id, None)

@@ -40,7 +40,7 @@ def known_policy(name: str) -> str:
 def live_parameters(name: str) -> Parameters:
     """Of any but `QUEUE`. Raises InvalidInput for a name that is not known."""
     known_policy(name)
-    return Parameters(sampler=0.0, batch=1, split=False, shared=True, **_PRESETS[name])
+    return Parameters(sampler=0.0, batch=1, split=False, **_PRESETS[name])
 
 
 def live_policy(name: str, nodes: Sequence[Node]) -> LivePolicy:
