@@ -1,13 +1,16 @@
 # Copyright 2026 The KubeDiffusion Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The simulator against reality: python -m benchmarks.reality [--seconds N] [--seed N].
+"""The simulator against reality: python -m benchmarks.reality [--load L] [--seconds N] [--seed N].
 
 Four node processes with stand-in models of known times (their steps sleep, so that no CPU is short)
 under a gateway that a policy leads, and Poisson requests at 0.3, 0.6 and 0.9 of what the nodes can
 do, sent whether or not earlier ones are done. Then the same requests in the simulator, with the
 times that the gateway had learnt before the first of them, the same residency and the same policy.
-Rows go to results/fleet/reality.csv. Requests that are shed, fail or are late are missed; latencies
-are of those that were on time.
+Requests that are shed, fail or are late are missed; latencies are of those that were on time.
+
+Rows go to results/fleet/reality.csv, in place of those of the same policy, load and seed. With
+`--policy queue`, which no simulator knows, they say what such a gateway serves of the same
+requests.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from kubediffusion.gateway.core import Gateway
 from kubediffusion.gateway.server import Doors, serve
 from kubediffusion.scheduling.pipelines import Job
 from kubediffusion.scheduling.policies.kubediffusion import KubeDiffusion
-from kubediffusion.scheduling.policies.live import live_parameters
+from kubediffusion.scheduling.policies.live import QUEUE, live_parameters
 from kubediffusion.simulate.engine import Simulation
 from kubediffusion.simulate.fleet import records
 from kubediffusion.simulate.machines import Machine
@@ -61,15 +64,15 @@ class Row:
     seed: int
     requests: int
     attainment_live: float
-    attainment_simulated: float
     median_live: float
-    median_simulated: float
     p95_live: float
-    p95_simulated: float
-    attainment_difference: float
-    median_difference: float
-    p95_difference: float
-    reached: bool
+    attainment_simulated: float | None = None
+    median_simulated: float | None = None
+    p95_simulated: float | None = None
+    attainment_difference: float | None = None
+    median_difference: float | None = None
+    p95_difference: float | None = None
+    reached: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -236,38 +239,36 @@ def simulated(gateway: Gateway, policy: str, trace: Sequence[Arrival]) -> list[f
 # ---------------------------------------------------------------- both
 
 
-def compare(
-    policy: str,
-    load: float,
-    seed: int,
-    trace: Sequence[Arrival],
-    live: Sequence[float | None],
-    simulated: Sequence[float | None],
-) -> Row:
-    def on_time(latencies: Sequence[float | None]) -> list[float]:
-        pairs = zip(trace, latencies, strict=True)
-        return sorted(took for each, took in pairs if took is not None and took <= each.deadline)
+@dataclass(frozen=True)
+class Figures:
+    attainment: float
+    median: float
+    p95: float
 
-    here, there = on_time(live), on_time(simulated)
-    attainment = [len(each) / len(trace) for each in (here, there)]
-    median = [quantile(each, 0.5) or float("nan") for each in (here, there)]
-    p95 = [quantile(each, 0.95) or float("nan") for each in (here, there)]
+
+def figures(trace: Sequence[Arrival], latencies: Sequence[float | None]) -> Figures:
+    pairs = zip(trace, latencies, strict=True)
+    on_time = sorted(took for each, took in pairs if took is not None and took <= each.deadline)
+    median, p95 = (quantile(on_time, q) or float("nan") for q in (0.5, 0.95))
+    return Figures(len(on_time) / len(trace), median, p95)
+
+
+def row(
+    policy: str, load: float, seed: int, count: int, live: Figures, expected: Figures | None
+) -> Row:
+    bare = Row(policy, load, seed, count, live.attainment, live.median, live.p95)
+    if expected is None:
+        return bare
     differences = {
-        "attainment": attainment[0] - attainment[1],
-        "median": median[0] / median[1] - 1.0,
-        "p95": p95[0] / p95[1] - 1.0,
+        "attainment": live.attainment - expected.attainment,
+        "median": live.median / expected.median - 1.0,
+        "p95": live.p95 / expected.p95 - 1.0,
     }
-    return Row(
-        policy=policy,
-        load=load,
-        seed=seed,
-        requests=len(trace),
-        attainment_live=attainment[0],
-        attainment_simulated=attainment[1],
-        median_live=median[0],
-        median_simulated=median[1],
-        p95_live=p95[0],
-        p95_simulated=p95[1],
+    return replace(
+        bare,
+        attainment_simulated=expected.attainment,
+        median_simulated=expected.median,
+        p95_simulated=expected.p95,
         attainment_difference=differences["attainment"],
         median_difference=differences["median"],
         p95_difference=differences["p95"],
@@ -275,7 +276,7 @@ def compare(
     )
 
 
-async def measure(policy: str, seconds: float, seed: int) -> list[Row]:
+async def measure(policy: str, loads: Sequence[float], seconds: float, seed: int) -> list[Row]:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="kd-bench-") as folder:
         async with service(Path(folder), policy) as gateway:
@@ -284,33 +285,50 @@ async def measure(policy: str, seconds: float, seed: int) -> list[Row]:
                 for number in range(WARM_UP):
                     for name in WORKFLOWS:
                         await client.one(name, number)
-                for load in LOADS:
+                for load in loads:
                     trace = arrivals(load, seconds, seed)
-                    expected = simulated(gateway, policy, trace)
-                    live = await client.replay(trace)
-                    rows.append(compare(policy, load, seed, trace, live, expected))
+                    expected = None
+                    if policy != QUEUE:
+                        expected = figures(trace, simulated(gateway, policy, trace))
+                    live = figures(trace, await client.replay(trace))
+                    rows.append(row(policy, load, seed, len(trace), live, expected))
                     print(rows[-1], flush=True)
             finally:
                 await client.close()
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--policy", default="kubediffusion")
-    parser.add_argument("--seconds", type=float, default=75.0, help="of each load")
-    parser.add_argument("--seed", type=int, default=1)
-    asked = parser.parse_args()
-    rows = asyncio.run(measure(asked.policy, asked.seconds, asked.seed))
-    path = RESULTS / "fleet" / "reality.csv"
+def write(rows: Sequence[Row], path: Path) -> None:
+    """Beside the rows that are there of other policies, loads and seeds."""
+    new = [{k: "" if v is None else _short(v) for k, v in asdict(row).items()} for row in rows]
+    old: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            old = list(csv.DictReader(file))
+    kept = {_key(each): each for each in (*old, *new)}
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(Row.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            values = asdict(row)
-            writer.writerow(
-                {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
-            )
+        writer.writerows(kept[key] for key in sorted(kept))
+
+
+def _short(value: object) -> str:
+    return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+def _key(cells: Mapping[str, str]) -> tuple[str, float, int]:
+    return (cells["policy"], float(cells["load"]), int(cells["seed"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--policy", default="kubediffusion")
+    parser.add_argument("--load", type=float, nargs="*", default=LOADS)
+    parser.add_argument("--seconds", type=float, default=75.0, help="of each load")
+    parser.add_argument("--seed", type=int, default=1)
+    asked = parser.parse_args()
+    rows = asyncio.run(measure(asked.policy, asked.load, asked.seconds, asked.seed))
+    write(rows, RESULTS / "fleet" / "reality.csv")
 
 
 if __name__ == "__main__":
