@@ -8,6 +8,7 @@ import asyncio
 import random
 from contextlib import asynccontextmanager
 
+import pytest
 from real_nodes import RealNode, three_stages
 
 from kubediffusion.gateway.config import GatewayConfig
@@ -27,11 +28,14 @@ def request(seed: int) -> gateway_pb2.GenerateRequest:
     )
 
 
+both = pytest.mark.parametrize("policy", ["queue", "kubediffusion"])
+
+
 @asynccontextmanager
-async def service(tmp_path, names: str, step_seconds: float):
+async def service(tmp_path, names: str, step_seconds: float, policy: str):
     resolved = three_stages(step_seconds)
     nodes = [RealNode(tmp_path, name, resolved.models) for name in names]
-    gateway = Gateway(GatewayConfig(checkpoint_every=EVERY))
+    gateway = Gateway(GatewayConfig(checkpoint_every=EVERY, policy=policy))
     try:
         for node in nodes:
             await node.start()
@@ -63,11 +67,14 @@ async def generate(gateway: Gateway, seed: int, on_event=None):
     return png, repeated
 
 
-async def test_every_generation_survives_the_death_of_a_node_and_gives_the_same_picture(tmp_path):
+@both
+async def test_every_generation_survives_the_death_of_a_node_and_gives_the_same_picture(
+    tmp_path, policy
+):
     """A node dies at a random point of each of 8 generations, and comes back a little later."""
     draw = random.Random(11)
     # Steps that several reports of progress fit into, which come ten times a second.
-    async with service(tmp_path, "abc", 0.03) as (gateway, nodes):
+    async with service(tmp_path, "abc", 0.03, policy) as (gateway, nodes):
         undisturbed = [(await generate(gateway, seed))[0] for seed in range(GENERATIONS)]
         assert len(set(undisturbed)) == GENERATIONS
         resumed = 0
@@ -102,8 +109,9 @@ def busy(gateway: Gateway):
     return [c for c in gateway.fleet.connections.values() if c.assigned]
 
 
-async def test_many_generations_at_once_survive_the_death_of_a_node(tmp_path):
-    async with service(tmp_path, "abc", 0.005) as (gateway, nodes):
+@both
+async def test_many_generations_at_once_survive_the_death_of_a_node(tmp_path, policy):
+    async with service(tmp_path, "abc", 0.005, policy) as (gateway, nodes):
         calm = await asyncio.gather(*(generate(gateway, seed) for seed in range(12)))
         killed = asyncio.Event()
 
@@ -117,8 +125,9 @@ async def test_many_generations_at_once_survive_the_death_of_a_node(tmp_path):
         assert [png for png, _ in wild] == [png for png, _ in calm]
 
 
-async def test_the_only_node_dies_and_the_request_waits_for_it_to_come_back(tmp_path):
-    async with service(tmp_path, "a", 0.002) as (gateway, nodes):
+@both
+async def test_the_only_node_dies_and_the_request_waits_for_it_to_come_back(tmp_path, policy):
+    async with service(tmp_path, "a", 0.002, policy) as (gateway, nodes):
         undisturbed, _ = await generate(gateway, 1)
         killed = asyncio.Event()
 

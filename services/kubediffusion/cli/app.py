@@ -104,6 +104,16 @@ Replicas = Annotated[
         rich_help_panel=_SERVING,
     ),
 ]
+Policy = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        envvar="KUBEDIFFUSION_POLICY",
+        show_envvar=True,
+        help="Who says what runs where: queue, kubediffusion or kubediffusion-fair.",
+        rich_help_panel=_SERVING,
+    ),
+]
 Address = Annotated[
     str,
     typer.Option(help="A gateway's gRPC address; that of a running `up` is known."),
@@ -138,18 +148,21 @@ def run(
     n: Count = 1,
     budget: Budget = None,
     replicas: Replicas = None,
+    policy: Policy = "queue",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Start the workflow's nodes on this machine, draw, and stop them again."""
     with reporting(debug):
         from kubediffusion.cli.inputs import Typed, read_replicas
-        from kubediffusion.cli.run import run_here
+        from kubediffusion.cli.run import Here, run_here
+        from kubediffusion.scheduling.policies.live import known_policy
 
         typed = Typed(
             prompt, seed, steps, settings or (), lora or (), image, control or (), n, budget
         )
-        run_here(file, typed, output, replicas=read_replicas(replicas or ()), as_json=as_json)
+        here = Here(read_replicas(replicas or ()), known_policy(policy))
+        run_here(file, typed, output, here, as_json=as_json)
 
 
 @app.command()
@@ -199,6 +212,7 @@ def up(
         str, typer.Option(metavar="HOST:PORT", help="Prometheus; 'off' for none.")
     ] = "127.0.0.1:8432",
     replicas: Replicas = None,
+    policy: Policy = "queue",
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -216,6 +230,7 @@ def up(
     with reporting(debug):
         from kubediffusion.cli.inputs import read_replicas
         from kubediffusion.cli.up import Serving, serve
+        from kubediffusion.scheduling.policies.live import known_policy
 
         serve(
             Serving(
@@ -224,6 +239,7 @@ def up(
                 grpc=grpc,
                 metrics=metrics,
                 replicas=read_replicas(replicas or ()),
+                policy=known_policy(policy),
                 api_keys=frozenset(api_key or ()),
                 drain_seconds=drain,
             )

@@ -56,9 +56,15 @@ class Result:
 # ---------------------------------------------------------------- on this machine, all of it
 
 
-def run_here(
-    file: Path, typed: Typed, target: Path, *, replicas: dict[str, int], as_json: bool
-) -> None:
+@dataclass(frozen=True)
+class Here:
+    """How the workflow is served meanwhile."""
+
+    replicas: dict[str, int]
+    policy: str
+
+
+def run_here(file: Path, typed: Typed, target: Path, here: Here, *, as_json: bool) -> None:
     """Starts the nodes, generates, stops them."""
     from kubediffusion.local.process import warm_up
     from kubediffusion.local.runtime import NODE_MODULES
@@ -75,7 +81,7 @@ def run_here(
     _check(resolved, inputs, loras, typed.budget)
     destination = Destination(target, typed.count)
     result = shell.run_async(
-        _run_here(resolved, inputs, loras, typed, destination, replicas, as_json, started)
+        _run_here(resolved, inputs, loras, typed, destination, here, as_json, started)
     )
     _show_result(result, as_json)
 
@@ -101,12 +107,13 @@ async def _run_here(
     loras: dict[str, float],
     typed: Typed,
     destination: Destination,
-    replicas: dict[str, int],
+    here: Here,
     as_json: bool,
     started: float,
 ) -> Result:
     from kubediffusion.cli.progress import GenerationView
     from kubediffusion.client.core import build_request
+    from kubediffusion.gateway.config import GatewayConfig
     from kubediffusion.local.runtime import LocalRuntime
 
     request = build_request(
@@ -117,7 +124,12 @@ async def _run_here(
         request.idempotency_key = ""
     result = Result(resolved.name)
     with GenerationView(shell.notes(), typed.count, quiet=as_json) as view:
-        runtime = LocalRuntime(workflows=[resolved], replicas=replicas, on_change=view.node_changed)
+        runtime = LocalRuntime(
+            workflows=[resolved],
+            replicas=here.replicas,
+            gateway=GatewayConfig(policy=here.policy),
+            on_change=view.node_changed,
+        )
         view.starting(len(resolved.models))
         async with runtime:
             await runtime.ready()

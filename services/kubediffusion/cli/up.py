@@ -39,6 +39,7 @@ class Serving:
     grpc: str
     metrics: str
     replicas: Mapping[str, int]
+    policy: str
     api_keys: frozenset[str]
     drain_seconds: float
 
@@ -58,6 +59,7 @@ class _Up:
 
     async def run(self) -> None:
         from kubediffusion.gateway import server
+        from kubediffusion.gateway.config import GatewayConfig
 
         self._on_signals_cancel()
         asked = self._asked
@@ -67,6 +69,7 @@ class _Up:
                 replicas=asked.replicas,
                 serve_metrics=asked.metrics != "off",
                 drain_seconds=asked.drain_seconds,
+                gateway=GatewayConfig(policy=asked.policy),
                 on_change=None if self._console.is_terminal else self._line,
             )
             await stack.enter_async_context(runtime)

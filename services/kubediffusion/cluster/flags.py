@@ -14,6 +14,7 @@ from pathlib import Path
 from kubediffusion.errors import InvalidInput
 from kubediffusion.flags import Flags, at_least, boolean, log_level
 from kubediffusion.gateway.server import Doors
+from kubediffusion.scheduling.policies.live import NAMES, QUEUE, known_policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Options:
     job_results: str = ""
     hooks: tuple[str, ...] = ()
     max_queue: int = 1024
+    policy: str = QUEUE
     shutdown_delay: float = 5.0
     drain_seconds: float = 120.0
     announce_path: Path | None = None
@@ -103,6 +105,7 @@ def _flags(environ: Mapping[str, str]) -> Flags:
     add("job-results", str, "", "file:// or s3:// for images of jobs; in the database without one")
     add("hooks", _words, "", "module:object of each hook, with commas between")
     add("max-queue", at_least(1, int), plain.max_queue, "images that may be under way at once")
+    add("policy", _policy, plain.policy, f"who says what runs where: {', '.join(NAMES)}")
     add(
         "shutdown-delay",
         at_least(0, float),
@@ -128,6 +131,13 @@ def _door(text: str) -> str | None:
     if not host or not (port.isdigit() or host == "unix"):
         raise argparse.ArgumentTypeError(f'{text!r} is no address; write "0.0.0.0:8080", or "off"')
     return text
+
+
+def _policy(text: str) -> str:
+    try:
+        return known_policy(text)
+    except InvalidInput as error:
+        raise argparse.ArgumentTypeError(error.message) from None
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -86,6 +86,7 @@ def _config(options: Options) -> GatewayConfig:
         # id is there, and a pod's next container must not keep what the one before it left behind.
         gateway_id=f"{options.gateway_id}-{secrets.token_hex(3)}",
         admission=AdmissionLimits(max_queue=options.max_queue),
+        policy=options.policy,
         job_database=options.job_database,
         job_results=options.job_results,
         hooks=options.hooks,

@@ -31,6 +31,7 @@ class AttemptOwner(Protocol):
 class TaskStatus(Enum):
     """
     WAITING   some producer is not done
+    TURN      a policy leads it, and its turn has not come
     HELD      no node can take it now, if there is one; tried again on each change of the fleet
     BACKOFF   lost more than once; tried again after a while
     ASSIGNED  a node has it
@@ -38,6 +39,7 @@ class TaskStatus(Enum):
     """
 
     WAITING = auto()
+    TURN = auto()
     HELD = auto()
     BACKOFF = auto()
     ASSIGNED = auto()
@@ -45,6 +47,7 @@ class TaskStatus(Enum):
 
 
 _STATES = {
+    TaskStatus.TURN: "queued",
     TaskStatus.HELD: "queued",
     TaskStatus.ASSIGNED: "running",
     TaskStatus.BACKOFF: "queued",
@@ -101,6 +104,7 @@ class Attempt:
         "leaving",
         "node",
         "request_id",
+        "revoked",
         "run",
         "since",
         "started",
@@ -127,6 +131,8 @@ class Attempt:
         self.leaving = node.leaving
         self.since = since
         self.started = False
+        # The policy asked for the lease back.
+        self.revoked = False
 
     def handle(self, kind: str, body: Any) -> None:
         if self.task.attempt is self:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kubediffusion.scheduling.admission import AdmissionLimits
+from kubediffusion.scheduling.policies.live import QUEUE
 
 
 def _new_id() -> str:
@@ -79,6 +80,8 @@ class GatewayConfig:
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     results: KeptResults = field(default_factory=KeptResults)
     jobs: JobLimits = field(default_factory=JobLimits)
+    # Who says which node runs what, and when: a name of `scheduling.policies.live`.
+    policy: str = QUEUE
     max_images: int = 16
     # Steps between two checkpoints: no more than these run twice when a node dies.
     checkpoint_every: int = 5

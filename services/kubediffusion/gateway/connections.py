@@ -91,6 +91,7 @@ class NodeConnection:
         self._up = False
         self._last_heard = 0.0
         self.load = node_pb2.LoadReport()
+        self.reported_at = 0.0
         self._ready: frozenset[str] = frozenset()
         self._loading: dict[str, float] = {}
         self._draining = False
@@ -141,6 +142,11 @@ class NodeConnection:
     @property
     def assigned(self) -> int:
         return len(self._assigned)
+
+    @property
+    def expected_seconds(self) -> float:
+        """All that we have there, as it was expected to take from its beginning."""
+        return self._expected
 
     @property
     def pending_releases(self) -> int:
@@ -199,6 +205,14 @@ class NodeConnection:
             if self._full.known and self._full.withdrawn(key):
                 # Not from within: whoever gives it up is not done with that.
                 self._timers.after("room", 0.0, self._room)
+
+    def yield_lease(self, assignment: Assignment) -> None:
+        """The lease is to come back at its next step boundary, with a checkpoint."""
+        message = node_pb2.WorkRequest()
+        key = getattr(message, "yield").key
+        key.request_id, key.task = assignment.request_id, assignment.task_name
+        key.epoch = assignment.epoch
+        self._outbox.send(message)
 
     def cancel(self, request_id: str) -> None:
         if self._up:
@@ -410,6 +424,7 @@ class NodeConnection:
 
     def _set_load(self, load: node_pb2.LoadReport) -> None:
         self.load = load
+        self.reported_at = self._now()
         self._sent = 0.0
         self._draining = load.draining
         ready = frozenset(load.resident)

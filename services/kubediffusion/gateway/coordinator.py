@@ -25,16 +25,22 @@ from kubediffusion.gateway.config import GatewayConfig
 from kubediffusion.gateway.connections import NodeConnection
 from kubediffusion.gateway.dispatch import assign_message, bytes_to_pull, placement_task
 from kubediffusion.gateway.nodes import Fleet
+from kubediffusion.gateway.placing import Placing, PlacingByQueue, Turn
 from kubediffusion.gateway.plan import ImagePlan
 from kubediffusion.gateway.timers import Timers
-from kubediffusion.scheduling.placement import Placement, PlacementTask
+from kubediffusion.scheduling.placement import Placement
 from kubediffusion.tensors import stored
 from kubediffusion.v1alpha1 import gateway_pb2, node_pb2
 
 
 class ImageRun:
     def __init__(
-        self, plan: ImagePlan, fleet: Fleet, config: GatewayConfig, listener: RunListener
+        self,
+        plan: ImagePlan,
+        fleet: Fleet,
+        config: GatewayConfig,
+        listener: RunListener,
+        placing: Placing | None = None,
     ) -> None:
         self.plan = plan
         self.closed = False
@@ -45,6 +51,7 @@ class ImageRun:
         self._fleet = fleet
         self._config = config
         self._listener = listener
+        self._placing = placing or PlacingByQueue(fleet)
         self._readers: dict[str, list[TaskRun]] = {name: [] for name in self.tasks}
         for task in self.tasks.values():
             for producer in {source for source, _ in task.planned.ports.values()}:
@@ -124,6 +131,11 @@ class ImageRun:
         for node in self._touched:
             node.release(request_id)
         self._touched.clear()
+        self._placing.touched(self)
+
+    def shed(self, error: KubeDiffusionError) -> None:
+        """The policy gave it up, for others' sake or because it cannot be on time any more."""
+        self._fail(error)
 
     # ------------------------------------------------------------ placing
 
@@ -135,14 +147,17 @@ class ImageRun:
         task.status = TaskStatus.WAITING
         if not self._inputs_ready(task):
             return
-        wanted = placement_task(task, self.tasks)
-        placement = self._fleet.place(wanted)
+        placement = self._placing.place(self, task)
+        if isinstance(placement, Turn):
+            task.status = TaskStatus.TURN
+            self._placing.touched(self)
+            return
         node = None if placement is None else self._fleet.connections.get(placement.address)
         if placement is not None and node is not None and placement.ready:
             self._assign(task, node, placement)
         elif (error := self._abandoned(task)) is None:
             self._hold(task)
-        elif not self._may_end(error, waited) or not self._assign_leaving(task, wanted):
+        elif not self._may_end(error, waited) or not self._assign_leaving(task):
             self._fail(error)
 
     def _abandoned(self, task: TaskRun) -> KubeDiffusionError | None:
@@ -155,13 +170,23 @@ class ImageRun:
         deleted = isinstance(error, NotFound)
         return deleted and (self._listener.has_begun or not waited)
 
-    def _assign_leaving(self, task: TaskRun, wanted: PlacementTask) -> bool:
+    def _assign_leaving(self, task: TaskRun) -> bool:
         """Whether a node that is going can have it."""
-        found = self._fleet.place_leaving(wanted)
+        found = self._fleet.place_leaving(placement_task(task, self.tasks))
         if found is None:
             return False
         self._assign(task, *found)
         return True
+
+    @property
+    def awaits_turn(self) -> bool:
+        return any(task.status is TaskStatus.TURN for task in self.tasks.values())
+
+    def take_turn(self) -> None:
+        """Asks again where the tasks are to run whose turn had not come."""
+        for task in self.tasks.values():
+            if task.status is TaskStatus.TURN:
+                self._dispatch(task)
 
     def _inputs_ready(self, task: TaskRun) -> bool:
         """Sends producers whose outputs went with their node to run again."""
@@ -301,6 +326,7 @@ class ImageRun:
             total_seconds=self._fleet.now() - attempt.since,
             attempts=task.attempts,
         )
+        self._placing.ran(attempt, task.time)
 
     def _declined(self, attempt: Attempt, body: node_pb2.Declined) -> None:
         """Another node, now; a refusal that says nothing of the task is not held against it."""
@@ -342,13 +368,14 @@ class ImageRun:
         return True
 
     def _yielded(self, attempt: Attempt, body: node_pb2.Yielded) -> None:
-        """A node that drains, or evicts the model, gave the lease back: nobody's failure."""
+        """A node that drains, evicts the model or was asked to gave the lease back: nobody's
+        failure."""
         task = attempt.task
         self._keep_checkpoint(task, body.checkpoint)
         self._leave(attempt)
-        if not attempt.node.leaving:
+        if not attempt.revoked and not attempt.node.leaving:
             attempt.node.declined(task.planned.model, node_pb2.DECLINE_REASON_NOT_RESIDENT)
-        self._listener.resumed(self, task, "Yielded")
+        self._listener.resumed(self, task, "Revoked" if attempt.revoked else "Yielded")
         self._dispatch(task)
 
     def _failed(self, attempt: Attempt, body: node_pb2.Failed) -> None:
@@ -431,6 +458,7 @@ class ImageRun:
         attempt.task.attempt = None
         if attempt.task.status is TaskStatus.ASSIGNED:
             attempt.task.status = TaskStatus.WAITING
+        self._placing.touched(self)
 
     def _fail(self, error: KubeDiffusionError) -> None:
         if not self.closed:

@@ -27,6 +27,7 @@ from kubediffusion.gateway.checkpoints import Checkpoints
 from kubediffusion.gateway.config import GatewayConfig
 from kubediffusion.gateway.coordinator import ImageRun
 from kubediffusion.gateway.delivery import Delivery
+from kubediffusion.gateway.driver import PolicyDriver
 from kubediffusion.gateway.flights import Events, Flight, Subscriber
 from kubediffusion.gateway.hooks import load_hooks
 from kubediffusion.gateway.jobs import Jobs
@@ -35,6 +36,7 @@ from kubediffusion.gateway.nodes import Facts, Fleet
 from kubediffusion.gateway.plan import PlannedTask
 from kubediffusion.gateway.results import Results
 from kubediffusion.gateway.status import describe_gateway, describe_workflow
+from kubediffusion.scheduling.policies.live import QUEUE
 from kubediffusion.scheduling.profiles import Profiles
 from kubediffusion.tensors import Fetcher
 from kubediffusion.v1alpha1 import gateway_pb2
@@ -55,6 +57,10 @@ class Gateway:
             self, self.config.job_database, self.config.jobs, results=self.config.job_results
         )
         self.measures = Measures(self)
+        # Without one, placement is task by task.
+        self.driver: PolicyDriver | None = None
+        if self.config.policy != QUEUE:
+            self.driver = PolicyDriver(self.config.policy, self.fleet, now, self._shed)
         self._now = now
         self._since = now()
         self._hooks = load_hooks(self.config.hooks)
@@ -79,6 +85,8 @@ class Gateway:
     async def stop(self, drain_seconds: float = 0.0) -> None:
         """As `drain`, and then ends the gateway itself."""
         await self.drain(drain_seconds)
+        if self.driver is not None:
+            self.driver.stop()
         await self.fleet.stop()
         await self._delivery.close()
         self.measures.stop()
@@ -117,7 +125,9 @@ class Gateway:
         self._needed = Counter(model for each in self._outdated.values() for model in each)
         self.fleet.need(frozenset(self._needed))
         models = {ref.identity for each in workflows.values() for ref in each.models.values()}
-        self.fleet.forget_models(frozenset(models))
+        kept = self.fleet.forget_models(frozenset(models))
+        if self.driver is not None:
+            self.driver.forget_models(kept)
         self.fleet.keep(frozenset(workflows), frozenset(models) | frozenset(draining))
 
     def _is_outdated(self, order: planning.Order) -> bool:
@@ -209,11 +219,13 @@ class Gateway:
                     flight.resuming(plan),
                     previews=request.previews,
                     deadline=deadline,
+                    strict=request.HasField("deadline_ms"),
                     activation_timeout=slo.activation_timeout_seconds,
                 ),
                 self.fleet,
                 self.config,
                 flight,
+                self.driver,
             )
             for plan in plans
         ]
@@ -231,6 +243,8 @@ class Gateway:
     ) -> None:
         """Takes the request in, or raises Overloaded; its deadline runs from its arrival."""
         left = None if promised is None else flight.since + promised - self._now()
+        if self.driver is not None:
+            left = None  # the policy says who can be on time
         try:
             admit(
                 tasks,
@@ -258,6 +272,10 @@ class Gateway:
                     field="deadline_ms",
                 ),
             )
+
+    def _shed(self, run: ImageRun, error: Overloaded) -> None:
+        workflow = run.plan.tasks[0].template.workflow
+        self.measures.shed(workflow, error, run.plan.tasks)
 
     def _ended(self, flight: Flight) -> None:
         self.flights.discard(flight)
@@ -372,7 +390,9 @@ class Gateway:
         """What is held now, by kind; all zero when nothing is under way."""
         runs = [run for flight in self.flights for run in flight.runs]
         connections = list(self.fleet.connections.values())
+        led = {} if self.driver is None else self.driver.counts()
         return {
+            **led,
             "flights": len(self.flights),
             "images": self._in_flight,
             "runs": sum(not run.closed for run in runs),

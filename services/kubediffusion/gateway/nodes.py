@@ -49,6 +49,7 @@ class Fleet:
         self._limits = limits
         self._serial = 0
         self._waiting: dict[Callable[[], None], None] = {}
+        self._watchers: list[Callable[[], None]] = []
         self._loads_seen: dict[tuple[str, str], str] = {}
         self._closed = False
         self._workflows: frozenset[str] = frozenset()
@@ -198,6 +199,10 @@ class Fleet:
     def unwait(self, retry: Callable[[], None]) -> None:
         self._waiting.pop(retry, None)
 
+    def watch(self, look: Callable[[], None]) -> None:
+        """`look` is called on each change, for as long as the fleet lasts, before who waits."""
+        self._watchers.append(look)
+
     @property
     def waiting(self) -> int:
         return len(self._waiting)
@@ -206,6 +211,8 @@ class Fleet:
         if self._closed:
             return
         self._index()
+        for look in self._watchers:
+            look()
         for retry in list(self._waiting):
             if retry in self._waiting:
                 retry()
@@ -242,10 +249,11 @@ class Fleet:
                 self._loads_seen[seen] = connection.incarnation
                 self.profiles.observe_load(model.identity, model.load_seconds)
 
-    def forget_models(self, keep: frozenset[str]) -> None:
+    def forget_models(self, keep: frozenset[str]) -> frozenset[str]:
         """All others, but for those that some node has: it will not tell of them again, and the
-        next workflow may want them."""
+        next workflow may want them. Returns what is kept."""
         keep = keep | self._by_model.keys()
         self.facts = {model: facts for model, facts in self.facts.items() if model in keep}
         self._loads_seen = {k: v for k, v in self._loads_seen.items() if k[1] in keep}
         self.profiles.forget_models(keep)
+        return keep

@@ -53,6 +53,8 @@ class ImagePlan:
     previews: int = 0
     # On the coordinator's clock; None: as long as it takes.
     deadline: float | None = None
+    # The client's own: a picture that comes later is of no use.
+    strict: bool = False
     # How long a task may wait for a node that can take it, in seconds.
     activation_timeout: float = 300.0
     # What an earlier coordinator of this image was handed, by task.

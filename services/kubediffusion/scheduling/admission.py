@@ -54,14 +54,15 @@ def decide(
     """
     if queue_len + images > limits.max_queue:
         wait = work_ahead_seconds if work_ahead_seconds > 0.0 else (solo_seconds or 1.0)
-        return Shed(ShedReason.QUEUE_FULL, _bounded(wait))
+        return Shed(ShedReason.QUEUE_FULL, bounded(wait))
     if solo_seconds is None:
         return Admit()
     expected = work_ahead_seconds + solo_seconds
     if deadline_remaining is not None and expected > deadline_remaining:
-        return Shed(ShedReason.DEADLINE_INFEASIBLE, _bounded(expected - deadline_remaining))
+        return Shed(ShedReason.DEADLINE_INFEASIBLE, bounded(expected - deadline_remaining))
     return Admit(expected)
 
 
-def _bounded(seconds: float) -> float:
+def bounded(seconds: float) -> float:
+    """A wait that can be said to a client."""
     return min(max(seconds, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)

@@ -78,7 +78,11 @@ class Pipeline:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request. Times are seconds of the scheduler's clock."""
+    """One request. Times are seconds of the scheduler's clock.
+
+    One that was begun elsewhere, or lost what it had, comes with what is done: ``encoded``, and
+    `steps` that are left (None: all).
+    """
 
     id: int
     pipeline: Pipeline
@@ -88,6 +92,12 @@ class Job:
     tenant: str = ""
     weight: float = 1.0
     priority: int = 0
+    encoded: bool = False
+    steps: int | None = None
+
+    @property
+    def steps_left(self) -> int:
+        return self.pipeline.steps if self.steps is None else self.steps
 
 
 def default_mode(pipeline: Pipeline, model: str) -> str:

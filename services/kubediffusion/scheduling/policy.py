@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from kubediffusion.scheduling.pipelines import Job
+from kubediffusion.scheduling.costs import Costs
+from kubediffusion.scheduling.pipelines import Job, Pipeline
 
 
 @dataclass(slots=True, eq=False)
@@ -148,4 +149,24 @@ class Policy(Protocol):
 
     def wake_at(self, now: float) -> float | None:
         """When to be asked again even if nothing happens until then."""
+        ...
+
+
+class LivePolicy(Policy, Protocol):
+    """What a driver tells beside, where clients go away and run times are learnt as they come.
+
+    `nodes` may grow before `fleet_changed`; each keeps its place.
+    """
+
+    def shares(self, shared: bool, now: float) -> None:
+        """Whether other gateways have work on the same nodes; else `foreign_until` is 0 of all."""
+        ...
+
+    def withdrawn(self, job: Job, now: float) -> None:
+        """The request is not the policy's any more. Its work, if it had one, was told of as
+        ended. Unknown requests are ignored."""
+        ...
+
+    def learnt(self, costs: Costs, pipelines: Sequence[Pipeline], now: float) -> None:
+        """All times and pipelines from now on; those of open requests are among them."""
         ...

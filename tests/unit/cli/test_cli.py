@@ -150,6 +150,10 @@ def test_offline_validation_leaves_the_sources_alone(file: Path) -> None:
         (("--steps", "0"), "inputs.steps"),
         (("--budget", "0.6"), "budget: workflow small prunes no tokens"),
         (("--replicas", "vae"), "--replicas: 'vae' is not of the form ROLE=N"),
+        (
+            ("--policy", "fastest"),
+            "policy: there is no policy 'fastest' for a gateway; take one of",
+        ),
         (("-o", "picture.jpg"), "-o: picture.jpg: pictures are PNG"),
         (("-o", "."), "is a folder"),
         (("-o", "/proc/nowhere/picture.png"), "-o: cannot write /proc/nowhere/picture.png"),

@@ -105,9 +105,9 @@ def test_a_nearer_copy_is_pulled_rather_than_the_first():
     for index, _ in denoiser.op.inputs:
         run.tasks[index].at = [0, 3]
     count = len(denoiser.op.inputs)
-    assert policy._transfer([denoiser], 2) == pytest.approx(count * 1e-3)
-    assert policy._transfer([denoiser], 1) == pytest.approx(count * 1e-3)
-    assert policy._transfer([denoiser], 3) == 0.0
+    assert policy._transfer(policy._inputs([denoiser]), 2) == pytest.approx(count * 1e-3)
+    assert policy._transfer(policy._inputs([denoiser]), 1) == pytest.approx(count * 1e-3)
+    assert policy._transfer(policy._inputs([denoiser]), 3) == 0.0
 
 
 def test_tasks_with_deferred_inputs_never_share_a_batch():

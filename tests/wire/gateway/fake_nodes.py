@@ -67,8 +67,11 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
         self.by_reference = by_reference
         self.fingerprint = fingerprint
         self.incarnation = 0
-        # What it says that pulling a task's inputs took.
+        # What it says that pulling a task's inputs took, and running it, by stage.
         self.fetch_seconds = 0.0
+        self.run_seconds: dict[str, float] = {}
+        # Requests whose lease was asked back.
+        self.yields: set[str] = set()
         # What it has to say to the caller, by stage.
         self.warnings: dict[str, list[str]] = {}
         self.assigned: list[node_pb2.Assign] = []
@@ -188,6 +191,8 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
                 for (request_id, _), task in list(self._tasks.items()):
                     if request_id == request.cancel.request_id:
                         task.cancel()
+            elif kind == "yield":
+                self.yields.add(getattr(request, "yield").key.request_id)
             elif kind == "release":
                 self.released.update(request.release.request_ids)
             elif kind == "renew":
@@ -245,7 +250,9 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
                     outputs=outputs,
                     warnings=self.warnings.get(assign.stage, ()),
                     timing=node_pb2.Timing(
-                        run_seconds=0.001, fetch_seconds=self.fetch_seconds, steps_run=steps
+                        run_seconds=self.run_seconds.get(assign.stage, 0.001),
+                        fetch_seconds=self.fetch_seconds,
+                        steps_run=steps,
                     ),
                 )
             )
@@ -303,6 +310,12 @@ class FakeNode(node_pb2_grpc.ModelNodeServicer):
             first, state = lease.resume.step, lease.resume.tensors["latents"].inline
         for step in range(first, total):
             await self._ask(assign, step, out)
+            if key.request_id in self.yields:
+                self.yields.discard(key.request_id)
+                given = self.checkpoint(step, total, state) if step else None
+                yielded = node_pb2.Yielded(key=key, checkpoint=given)
+                out.put_nowait(node_pb2.WorkEvent(yielded=yielded))
+                raise StoppedError
             state = digest(state, str(step).encode())
             self.steps[key.request_id] += 1
             progress = node_pb2.Progress(key=key, step=step + 1, total_steps=total)

@@ -10,6 +10,7 @@ import io
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -21,7 +22,7 @@ from PIL import Image
 from kubediffusion.gateway.http import build_app
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gateway"))
-from gateways import assert_empty, gateway_over, one_node
+from gateways import CONFIG, assert_empty, gateway_over, one_node
 
 
 @asynccontextmanager
@@ -135,3 +136,18 @@ async def test_an_idempotency_key_gives_a_retry_the_same_image_and_another_reque
         assert len(node.assigned) == ran
         with pytest.raises(openai.ConflictError):
             await client.images.generate(prompt="a hen", extra_headers=key)
+
+
+async def test_what_a_policy_sheds_is_told_when_to_come_again(tmp_path):
+    node = one_node(tmp_path)
+    node.run_seconds = {"denoise": 10.0}
+    config = replace(CONFIG, policy="kubediffusion")
+    async with gateway_over([node], config=config) as gateway, package_over(gateway) as client:
+        await client.images.generate(model="sd3", prompt="a fox")  # measures
+        with pytest.raises(openai.RateLimitError) as caught:
+            await client.images.generate(
+                model="sd3", prompt="a fox", extra_body={"deadline_ms": 5000}
+            )
+        assert caught.value.code == "deadline_infeasible"
+        assert 5 <= int(caught.value.response.headers["Retry-After"]) <= 10
+        assert_empty(gateway)

@@ -44,6 +44,13 @@ class Ledger:
         self.came = [0] * self.families
         self.lost = [0] * self.families
 
+    def grow(self, families: int) -> None:
+        """Further families, which have lost nothing yet."""
+        more = [0] * (families - self.families)
+        self.came += more
+        self.lost += more
+        self.families = families
+
     def can_give(self, family: int) -> bool:
         return self.lost[family] + 1 <= (1.0 - self.floor) * self.came[family]
 
@@ -61,12 +68,26 @@ class Claims:
         self._ledger = ledger
         self._optimism = optimism
         self.tenants = Tenants()
+        self.restart(keys)
+
+    def restart(self, keys: int) -> None:
+        """So many keys, and no claims. What tenants were served is not forgotten."""
         # By key, in the order of arrival.
         self._by_key: list[dict[int, Claim]] = [{} for _ in range(keys)]
         self._running: dict[int, Claim] = {}
         self._serial = 0
         self._holders: Sequence[set[int]] = ()
         self._groups: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
+
+    def tickets(self) -> list[Ticket]:
+        """Of all open requests, in the order in which they came."""
+        claims = [claim for members in self._by_key for claim in members.values()]
+        return [claim.ticket for claim in sorted(claims, key=lambda claim: claim.serial)]
+
+    def ticket_of(self, job: int) -> Ticket | None:
+        found = (members[job] for members in self._by_key if job in members)
+        claim = next(found, None)
+        return None if claim is None else claim.ticket
 
     def open(self, ticket: Ticket) -> None:
         self._serial += 1

@@ -19,22 +19,27 @@ class Board:
         self, nodes: Sequence[Node], pipelines: Sequence[Pipeline], costs: LeaseCosts, batch: int
     ) -> None:
         self.nodes = nodes
-        self.keys: list[tuple[str, ...]] = []
-        self.shapes: dict[str, Shape] = {}
         self.families: list[str] = []
-        for pipeline in {each.name: each for each in pipelines}.values():
-            self.shapes[pipeline.name] = self._shape(pipeline, costs)
+        self.learn(pipelines, costs)
         self.hosts = [node.host for node in nodes]
         # By node: the keys that it can run, and how sought after it is.
         self.can: list[frozenset[int]] = [frozenset()] * len(nodes)
         self.sought = [0.0] * len(nodes)
+        self.idle: set[int] = set()
+        self.running = Running(batch)
+
+    def learn(self, pipelines: Sequence[Pipeline], costs: LeaseCosts) -> None:
+        """These pipelines at these costs, in place of those of before; `refresh` comes next.
+        Families keep their numbers."""
+        self.keys: list[tuple[str, ...]] = []
+        self.shapes: dict[str, Shape] = {}
+        for pipeline in {each.name: each for each in pipelines}.values():
+            self.shapes[pipeline.name] = self._shape(pipeline, costs)
         self.holders: list[set[int]] = [set() for _ in self.keys]
         # By pipeline: whether some nodes can denoise and not encode.
         self.apart = [False] * len(self.shapes)
         # Nodes with encoders that others lack: while they denoise, no request can begin.
         self.scarce: set[int] = set()
-        self.idle: set[int] = set()
-        self.running = Running(batch)
         self.demand = [1.0] * len(self.keys)
 
     def _shape(self, pipeline: Pipeline, costs: LeaseCosts) -> Shape:
@@ -63,7 +68,12 @@ class Board:
 
     def refresh(self) -> None:
         """After nodes or their models changed."""
+        for node in self.nodes[len(self.hosts) :]:
+            self.hosts.append(node.host)
+            self.can.append(frozenset())
+            self.sought.append(0.0)
         for node in self.nodes:
+            self.hosts[node.index] = node.host
             can = frozenset(
                 key for key, models in enumerate(self.keys) if node.up and node.holds(models)
             )

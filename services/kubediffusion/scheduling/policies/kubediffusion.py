@@ -18,6 +18,7 @@ A round, whenever something happened:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kubediffusion.scheduling.costs import Costs
 from kubediffusion.scheduling.pipelines import Job, Pipeline
@@ -75,7 +76,8 @@ class KubeDiffusion:
 
     def arrived(self, job: Job, now: float) -> None:
         shape = self.board.shapes[job.pipeline.name]
-        ticket = Ticket(job, shape, steps=job.pipeline.steps)
+        ticket = Ticket(job, shape, encode=not job.encoded, steps=job.steps_left)
+        ticket.begun = ticket.steps < job.pipeline.steps
         self._claims.open(ticket)
         self.ledger.came[shape.family] += 1
         self._wait(ticket)
@@ -102,6 +104,35 @@ class KubeDiffusion:
     def fleet_changed(self, now: float) -> None:
         self.board.refresh()
         self._fresh = True
+
+    def shares(self, shared: bool, now: float) -> None:
+        self.parameters = replace(self.parameters, shared=shared)
+        self.fleet_changed(now)
+
+    def withdrawn(self, job: Job, now: float) -> None:
+        ticket = self._claims.ticket_of(job.id)
+        if ticket is not None:
+            self.waiting.take(ticket)
+            self._claims.close(ticket)
+
+    def learnt(self, costs: Costs, pipelines: Sequence[Pipeline], now: float) -> None:
+        """Sets of models get other numbers, so everything that goes by them is made anew."""
+        p, tickets = self.parameters, self._claims.tickets()
+        self.costs = LeaseCosts(costs, p.dispatch, p.sampler)
+        self.board.learn(pipelines, self.costs)
+        self.ledger.grow(len(self.board.families))
+        self.waiting = Waiting(self.board, p)
+        self._batching = Batching(self.costs, self.board, self.waiting, p)
+        self._claims.restart(len(self.board.keys))
+        for ticket in tickets:
+            ticket.shape = self.board.shapes[ticket.job.pipeline.name]
+            self._claims.open(ticket)
+        self.fleet_changed(now)
+        for ticket in tickets:
+            if ticket.work is None:
+                self._wait(ticket)
+        for work in self.board.running.leases():
+            self._claims.runs(work)
 
     def wake_at(self, now: float) -> float | None:
         """The next look at the plan, the next request to become late, the next node to be free."""
