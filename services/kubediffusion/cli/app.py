@@ -213,6 +213,14 @@ def up(
     ] = "127.0.0.1:8432",
     replicas: Replicas = None,
     policy: Policy = "queue",
+    profiles: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Run times to begin with, as `profile` wrote them.",
+            rich_help_panel=_SERVING,
+        ),
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -240,6 +248,7 @@ def up(
                 metrics=metrics,
                 replicas=read_replicas(replicas or ()),
                 policy=known_policy(policy),
+                profiles=profiles,
                 api_keys=frozenset(api_key or ()),
                 drain_seconds=drain,
             )

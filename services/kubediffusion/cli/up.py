@@ -40,6 +40,7 @@ class Serving:
     metrics: str
     replicas: Mapping[str, int]
     policy: str
+    profiles: Path | None
     api_keys: frozenset[str]
     drain_seconds: float
 
@@ -69,7 +70,7 @@ class _Up:
                 replicas=asked.replicas,
                 serve_metrics=asked.metrics != "off",
                 drain_seconds=asked.drain_seconds,
-                gateway=GatewayConfig(policy=asked.policy),
+                gateway=GatewayConfig(policy=asked.policy, profiles=asked.profiles),
                 on_change=None if self._console.is_terminal else self._line,
             )
             await stack.enter_async_context(runtime)

@@ -37,6 +37,7 @@ class Options:
     hooks: tuple[str, ...] = ()
     max_queue: int = 1024
     policy: str = QUEUE
+    profiles: Path | None = None
     shutdown_delay: float = 5.0
     drain_seconds: float = 120.0
     announce_path: Path | None = None
@@ -105,6 +106,7 @@ def _flags(environ: Mapping[str, str]) -> Flags:
     add("job-results", str, "", "file:// or s3:// for images of jobs; in the database without one")
     add("hooks", _words, "", "module:object of each hook, with commas between")
     add("max-queue", at_least(1, int), plain.max_queue, "images that may be under way at once")
+    add("profiles", Path, None, "a folder of `kubediffusion profile`: run times to begin with")
     add("policy", _policy, plain.policy, f"who says what runs where: {', '.join(NAMES)}")
     add(
         "shutdown-delay",

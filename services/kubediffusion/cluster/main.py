@@ -87,6 +87,7 @@ def _config(options: Options) -> GatewayConfig:
         gateway_id=f"{options.gateway_id}-{secrets.token_hex(3)}",
         admission=AdmissionLimits(max_queue=options.max_queue),
         policy=options.policy,
+        profiles=options.profiles,
         job_database=options.job_database,
         job_results=options.job_results,
         hooks=options.hooks,

@@ -85,6 +85,8 @@ class GatewayConfig:
     max_images: int = 16
     # Steps between two checkpoints: no more than these run twice when a node dies.
     checkpoint_every: int = 5
+    # What `kubediffusion profile` wrote: run times until the gateway has measured its own.
+    profiles: Path | None = None
     # An SQLAlchemy URL; jobs in memory end with the process.
     job_database: str = "sqlite://"
     # Where images of jobs go, as a URL of fsspec; empty: into the database.

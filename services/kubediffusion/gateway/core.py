@@ -31,6 +31,7 @@ from kubediffusion.gateway.driver import PolicyDriver
 from kubediffusion.gateway.flights import Events, Flight, Subscriber
 from kubediffusion.gateway.hooks import load_hooks
 from kubediffusion.gateway.jobs import Jobs
+from kubediffusion.gateway.known_times import read_profiles
 from kubediffusion.gateway.measures import Measures, stages_of
 from kubediffusion.gateway.nodes import Facts, Fleet
 from kubediffusion.gateway.plan import PlannedTask
@@ -50,6 +51,8 @@ class Gateway:
     ) -> None:
         self.config = config or GatewayConfig()
         self.profiles = Profiles()
+        if self.config.profiles is not None:
+            read_profiles(self.config.profiles, self.profiles)
         self.fleet = Fleet(self.config.gateway_id, self.config.nodes, now, self.profiles)
         self.workflows: dict[str, wf.ResolvedWorkflow] = {}
         self.flights: set[Flight] = set()

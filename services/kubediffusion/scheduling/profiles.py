@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 WINDOW = 11
 AMOUNTS = 16
@@ -81,6 +83,21 @@ class Profiles:
         self._runs: dict[tuple[str, str, str], _StageProfile] = {}
         self._loads: dict[str, _Window] = {}
         self._rates: dict[bool, _Window] = {}
+        # Of an earlier measurement: what holds until there is one of our own.
+        self._before: dict[tuple[str, str, str], _StageProfile] = {}
+
+    def begin_with(self, stages: Iterable[Mapping[str, Any]]) -> None:
+        """`stages` of a `model_profiles.json`, as `kubediffusion profile` writes it: times to start
+        from, of devices of that fingerprint and, failing others, of all. Raises KeyError, TypeError
+        or ValueError for what is no such list."""
+        for row in stages:
+            model, stage = str(row["model"]), str(row["stage"])
+            units, seconds = float(row["units"]), float(row["seconds"])
+            if not (units > 0.0 and math.isfinite(seconds) and seconds >= 0.0):
+                raise ValueError(f"{units:g} units of {stage} in {seconds:g} s")
+            for kind in {str(row["fingerprint"]), ""}:
+                known = self._before.setdefault((model, stage, kind), _StageProfile())
+                known.add(units, seconds)
 
     def observe_run(
         self, model: str, stage: str, fingerprint: str, units: float, seconds: float
@@ -103,7 +120,13 @@ class Profiles:
 
     def measured_run(self, model: str, stage: str, fingerprint: str, units: float) -> float | None:
         """As `run_seconds`; None before the first measurement anywhere."""
-        profile = self._runs.get((model, stage, fingerprint)) or self._runs.get((model, stage, ""))
+        own, any_kind = (model, stage, fingerprint), (model, stage, "")
+        profile = (
+            self._runs.get(own)
+            or self._before.get(own)
+            or self._runs.get(any_kind)
+            or self._before.get(any_kind)
+        )
         return None if profile is None else profile.estimate(max(units, 1e-12))
 
     def observe_load(self, model: str, seconds: float) -> None:

@@ -44,6 +44,7 @@ EVERYTHING: Object = {
         "autoscaling": {"enabled": True},
         "apiKeys": {"keys": ["first-key", "second-key"]},
         "publicUrl": "https://images.example.com",
+        "policy": "kubediffusion-fair",
         "jobDatabase": {"secretName": "jobs"},
         "jobResults": {"url": "s3://pictures/jobs"},
         "service": {"type": "LoadBalancer", "sessionAffinity": "ClientIP"},

@@ -86,3 +86,37 @@ def test_what_is_kept_is_bounded_and_can_be_forgotten():
     assert len(profiles._runs["m", "s", "f"].by_units) == AMOUNTS
     profiles.forget_models(frozenset({"other"}))
     assert profiles.measured_run("m", "s", "f", 1) is None
+
+
+def known(seconds=2.0, units=100.0, fingerprint="h100") -> dict[str, object]:
+    row = {"model": "dit", "stage": "denoise", "fingerprint": fingerprint}
+    return {**row, "units": units, "seconds": seconds}
+
+
+def test_times_of_an_earlier_measurement_hold_until_there_are_own_ones():
+    profiles = Profiles()
+    profiles.begin_with([known()])
+    assert profiles.run_seconds("dit", "denoise", "h100", 100.0) == 2.0
+    assert profiles.run_seconds("dit", "denoise", "h100", 50.0) == pytest.approx(1.0)
+    # Of another device nobody knows better.
+    assert profiles.run_seconds("dit", "denoise", "l40", 100.0) == 2.0
+    profiles.observe_run("dit", "denoise", "l40", 100.0, 7.0)
+    assert profiles.run_seconds("dit", "denoise", "l40", 100.0) == 7.0
+    assert profiles.run_seconds("dit", "denoise", "h100", 100.0) == 2.0
+    profiles.observe_run("dit", "denoise", "h100", 100.0, 3.0)
+    assert profiles.run_seconds("dit", "denoise", "h100", 100.0) == 3.0
+
+
+def test_times_of_an_earlier_measurement_outlive_models_that_are_not_served_yet():
+    profiles = Profiles()
+    profiles.begin_with([known()])
+    profiles.forget_models(frozenset())
+    assert profiles.measured_run("dit", "denoise", "h100", 100.0) == 2.0
+
+
+@pytest.mark.parametrize(
+    "row", [known(units=0.0), known(seconds=-1.0), known(seconds=float("nan")), {"model": "dit"}]
+)
+def test_what_is_no_measurement_is_refused(row):
+    with pytest.raises((KeyError, ValueError)):
+        Profiles().begin_with([row])
