@@ -30,13 +30,13 @@ from kubediffusion.gateway.led import Led
 from kubediffusion.gateway.nodes import Fleet
 from kubediffusion.gateway.placing import TURN, Turn
 from kubediffusion.gateway.records import Records
+from kubediffusion.gateway.taken import Taken
 from kubediffusion.scheduling.admission import ShedReason, bounded
 from kubediffusion.scheduling.costs import Costs
 from kubediffusion.scheduling.pipelines import Job, Pipeline
 from kubediffusion.scheduling.placement import Placement, place
 from kubediffusion.scheduling.policies.live import live_policy
 from kubediffusion.scheduling.policy import Action, Finish, Revoke, Shed, Start, Work
-from kubediffusion.scheduling.profiles import Profiles
 from kubediffusion.scheduling.translation import Image, Lead, Translator
 from kubediffusion.v1alpha1 import gateway_pb2
 
@@ -76,9 +76,8 @@ class PolicyDriver:
         self._fleet = fleet
         self._now = now
         self._on_shed = on_shed
-        # What a task takes of its node beside running: the way there and back, pulling inputs.
-        self._around = Profiles()
-        self._translator = Translator(self._measured)
+        self._taken = Taken(fleet.profiles)
+        self._translator = Translator(self._taken.seconds)
         self.records = Records(fleet, self._translator)
         self.policy = live_policy(name, self.records.nodes)
         self._led: dict[ImageRun, Led] = {}
@@ -105,7 +104,7 @@ class PolicyDriver:
             held.clear()
 
     def forget_models(self, keep: frozenset[str]) -> None:
-        self._around.forget_models(keep)
+        self._taken.forget_models(keep)
 
     def known(self) -> tuple[Costs, list[Pipeline]]:
         """All times and pipelines as the policy has them from now on: what a simulator of this
@@ -182,18 +181,8 @@ class PolicyDriver:
             self._begin_anew(now)
 
     def ran(self, attempt: Attempt, time: gateway_pb2.StageTime) -> None:
-        planned, timing = attempt.task.planned, time.timing
-        around = max(0.0, time.total_seconds - timing.queue_seconds - timing.run_seconds)
-        if planned.steps:  # what other tasks took of the node between its steps is not its own
-            around = min(around, 0.02 + 0.1 * timing.run_seconds)
-        self._around.observe_run(planned.model, planned.stage, "", 1.0, around)
+        self._taken.observe(attempt, time)
         self._learning = True
-
-    def _measured(self, model: str, stage: str, units: float) -> float | None:
-        run = self._fleet.profiles.measured_run(model, stage, "", units)
-        if run is None:
-            return None
-        return run + (self._around.measured_run(model, stage, "", 1.0) or 0.0)
 
     # ---------------------------------------------------------------- a round
 
