@@ -90,9 +90,12 @@ def curve_of(student: Student) -> RatioCurve:
 
 
 def finished_artifact(
-    student: Student, quality: Mapping[float, Mapping[str, Any]] | None = None
+    student: Student,
+    quality: Mapping[float, Mapping[str, Any]] | None = None,
+    *,
+    step: int | None = None,
 ) -> Artifact:
-    """The artifact of a trained student, with its budgets' tables.
+    """The artifact of a trained student, with its budgets' tables; `step` of its config's steps.
 
     Raises:
         ShivaError: the arm has no router, and so nothing to ship.
@@ -107,6 +110,8 @@ def finished_artifact(
         for budget, table in start.tables.items()
     }
     training = student.config.model_dump(mode="json") | {"key": student.config.key()}
+    if step is not None:
+        training["step"] = step
     return replace(start, tables=tables, adapter=_adapter(student), training=training)
 
 

@@ -84,6 +84,7 @@ class Training:
     config: TrainConfig
     pipeline: Any
     student: Student
+    step: int = 0
 
     @classmethod
     def new(cls, folder: Path, spec: RunSpec, config: TrainConfig) -> Training:
@@ -104,7 +105,7 @@ class Training:
             raise ShivaError(f"{folder}: no checkpoint yet; `shiva train` writes one")
         config = TrainConfig.model_validate(kept["config"])
         opened = cls.new(folder, RunSpec(**kept["spec"]), config)
-        opened.trainer(opened.spec.source(opened.pipeline))
+        opened.step = opened.trainer(opened.spec.source(opened.pipeline)).step
         return opened
 
     def trainer(self, source: Source, accelerator: Accelerator | None = None) -> Trainer:
@@ -121,8 +122,17 @@ class Training:
         return build_table(curve_of(self.student), budget, grid, tokens)
 
 
-def train(folder: Path, spec: RunSpec, config_file: Path | None, *, precision: str = "no") -> int:
+def train(
+    folder: Path,
+    spec: RunSpec,
+    config_file: Path | None,
+    *,
+    precision: str = "no",
+    until: int | None = None,
+) -> int:
     """Train in `folder`, or go on there; returns the optimiser steps done.
+
+    `until` stops after that many of the config's steps, at their rates: going on changes nothing.
 
     Raises:
         ShivaError: the folder holds a training of another config or other data.
@@ -146,7 +156,7 @@ def train(folder: Path, spec: RunSpec, config_file: Path | None, *, precision: s
     if logging_to:
         accelerator.init_trackers("tensorboard")
     trainer = training.trainer(source, accelerator)
-    trainer.run()
+    trainer.run(until)
     accelerator.end_training()
     return trainer.step
 
@@ -234,7 +244,7 @@ def export(folder: Path, out: Path) -> Path:
             }
             for budget, row in report["budgets"].items()
         }
-    return finished_artifact(training.student, quality).save(out)
+    return finished_artifact(training.student, quality, step=training.step).save(out)
 
 
 def plot(folder: Path, out: Path, *, prompt: str, seed: int = 0, budget: float = 0.6) -> list[Path]:

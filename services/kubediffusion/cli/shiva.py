@@ -101,6 +101,9 @@ def train(
     shapes: Shapes = None,
     pixels: Pixels = 1024,
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    until: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this step; all of them without.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Train router, ratio policy and adapter; the same command goes on where it was stopped.
@@ -111,7 +114,7 @@ def train(
         from shiva_kernels.training.commands import train as run
 
         spec = _spec(pipeline, transformer, pixels, data, shapes)
-        steps = run(out, spec, config, precision=precision)
+        steps = run(out, spec, config, precision=precision, until=until)
         output().print(f"{out}: {steps} steps")
 
 

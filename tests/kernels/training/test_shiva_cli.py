@@ -39,12 +39,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     (folder / "config.yaml").write_text(CONFIG)
     out = folder / "run"
-    result = invoke(
-        *("train", "--out", out, "--pipeline", PIPELINE, "--shapes", TINY, "--pixels", 128),
-        *("--config", folder / "config.yaml"),
-    )
-    assert result.exit_code == 0, result.output
-    assert "4 steps" in result.output
+    for until, done in ((["--until", 2], "2 steps"), ([], "4 steps")):
+        result = invoke(
+            *("train", "--out", out, "--pipeline", PIPELINE, "--shapes", TINY, "--pixels", 128),
+            *("--config", folder / "config.yaml", *until),
+        )
+        assert result.exit_code == 0, result.output
+        assert done in result.output
     return out
 
 
@@ -94,6 +95,7 @@ def test_a_training_is_measured_and_shipped(trained: Path, tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     artifact = Artifact.load(tmp_path)
     assert sorted(artifact.tables) == [0.4, 0.6, 0.8]
+    assert artifact.training["step"] == 4
     assert artifact.tables[0.6].quality["velocity_mse_to_dense"] == pytest.approx(errors[1])
     for budget in artifact.tables:
         assert artifact.reference_table(budget).mean_keep_ratio == pytest.approx(budget, abs=0.01)
@@ -147,4 +149,4 @@ def test_the_log_is_in_tensorboard_too(trained: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(next(trained.rglob("events.out*")).parent))
     events.Reload()
-    assert [event.step for event in events.Scalars("keep_ratio")] == [4]
+    assert [event.step for event in events.Scalars("keep_ratio")] == [2, 4]
