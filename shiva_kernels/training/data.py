@@ -53,6 +53,10 @@ class Source(Protocol):
     def batch(self, seed: int, size: int, dropout: float = 0.0) -> Batch: ...
 
 
+# Kept encoded: a bound, not a policy. Captions of a folder come round again.
+MAX_CAPTIONS = 4096
+
+
 class Captions:
     """Caption -> the transformer's context, with an SD3 pipeline's own text encoders."""
 
@@ -63,7 +67,9 @@ class Captions:
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Context [B, S, W] and pooled [B, P]; the empty caption is the one of guidance."""
-        missing = list(dict.fromkeys(text for text in texts if text not in self._kept))
+        # Held here too: what a batch needs may be the oldest, which its new captions push out.
+        known = {text: self._kept[text] for text in texts if text in self._kept}
+        missing = list(dict.fromkeys(text for text in texts if text not in known))
         if missing:
             encode: Any = self.pipeline.encode_prompt
             context, _, pooled, _ = encode(
@@ -73,15 +79,13 @@ class Captions:
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.length,
             )
-            for text, c, p in zip(missing, context, pooled, strict=True):
-                self._remember(text, c, p)
-        rows = [self._kept[text] for text in texts]
-        return torch.stack([c for c, _ in rows]), torch.stack([p for _, p in rows])
-
-    def _remember(self, text: str, context: Tensor, pooled: Tensor) -> None:
-        if len(self._kept) >= 4096:  # a bound, not a policy: captions of a folder come round again
+            new = dict(zip(missing, zip(context, pooled, strict=True), strict=True))
+            known |= new
+            self._kept |= new
+        while len(self._kept) > MAX_CAPTIONS:
             self._kept.pop(next(iter(self._kept)))
-        self._kept[text] = (context, pooled)
+        rows = [known[text] for text in texts]
+        return torch.stack([c for c, _ in rows]), torch.stack([p for _, p in rows])
 
 
 class FolderSource:
