@@ -41,6 +41,8 @@ class Sd3Denoising:
         self._own_sigmas = _levels(scheduler, timesteps)
         # How many tokens it keeps, at which step; the denoiser says so.
         self.pruning = LeasePruning(None, 0)
+        # The prompt's velocity at the next step, where the negative prompt's comes from elsewhere.
+        self.own: torch.Tensor | None = None
         self._step = step
         # What the last step started from: latents, velocity, timestep; for previews.
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -84,6 +86,7 @@ class Sd3Denoising:
             velocity, self.timestep, self.latents, generator=self.generator, return_dict=False
         )[0]
         self.latents = self.latents.to(dtype)
+        self.own = None
         self._step += 1
 
 
