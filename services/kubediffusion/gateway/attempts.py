@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kubediffusion.errors import KubeDiffusionError
 from kubediffusion.gateway.connections import NodeConnection
+from kubediffusion.gateway.helpers import NONE, Helpers
 from kubediffusion.gateway.plan import HELPER_STAGE, PlannedTask
 from kubediffusion.scheduling.placement import Placement
 from kubediffusion.v1alpha1 import gateway_pb2, node_pb2, tensor_pb2
@@ -98,6 +99,7 @@ class Attempt:
     __slots__ = (
         "epoch",
         "expected_seconds",
+        "helpers",
         "node",
         "request_id",
         "run",
@@ -114,6 +116,7 @@ class Attempt:
         node: NodeConnection,
         placement: Placement,
         since: float,
+        helpers: Helpers = NONE,
     ) -> None:
         self.run = run
         self.task = task
@@ -123,6 +126,9 @@ class Attempt:
         self.epoch = task.epoch
         self.expected_seconds = placement.run_seconds
         self.since = since
+        # On other nodes; held until the attempt is over.
+        self.helpers = helpers
+        helpers.hold()
         self.started = False
 
     def handle(self, kind: str, body: Any) -> None:

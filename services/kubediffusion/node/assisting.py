@@ -31,7 +31,7 @@ from kubediffusion.tensors import TensorStore
 from kubediffusion.v1alpha1 import node_pb2, node_pb2_grpc, tensor_pb2
 
 # From opening the stream to the helper's word that it has the constants.
-OPEN_SECONDS = 10.0
+OPEN_SECONDS = 5.0
 MAX_CHANNELS = 64
 MAX_PARTS = 4096
 EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
@@ -173,7 +173,9 @@ class _Link:
             self.close(outcome)
 
     async def _run(self) -> None:
-        call: Any = self._stub.Assist()
+        call: Any = self._stub.Assist(
+            wait_for_ready=True
+        )  # a first attempt may fail on a busy machine
         writer: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(OPEN_SECONDS):

@@ -399,9 +399,15 @@ class Device:
 
     def _share(self, task: Task) -> None:
         """Looks for the helpers of a lease that begins. Raises."""
-        task.shares = sharing.shares_of(task)
-        for share in task.shares:
-            constants = sharing.constants_of(task, share, self._store)
+        for share in sharing.shares_of(task):
+            try:
+                constants = sharing.constants_of(task, share, self._store)
+            except InvalidInput as error:
+                if share.required:
+                    raise
+                log.info("lease %s needs no helper: %s", "/".join(task.name), error)
+                continue
+            task.shares.append(share)
             self._post(self._listener.sharing, task, share, constants)
 
     def _advance_in_parts(self, task: Task) -> None:

@@ -9,10 +9,11 @@ worth it only where the other node has nothing to do, and it ends as soon as it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from kubediffusion.scheduling.fleet import NodeState
+from kubediffusion.scheduling.placement import PlacementTask
 from kubediffusion.scheduling.profiles import Profiles
 
 # Assumed of a message there and its answer, beside the bytes, until divided steps were measured.
@@ -105,6 +106,33 @@ def control_helper(
         return (elsewhere, node.queue_seconds, node.helping, node.address)
 
     return min(able, key=rank, default=None)
+
+
+def place_apart(
+    task: PlacementTask,
+    nodes: Sequence[NodeState],
+    fleet: Sequence[NodeState],
+    stands_alone: Callable[[str], bool],
+    now: float,
+) -> tuple[PlacementTask, list[NodeState]]:
+    """The task without its helpers, and those of `nodes` where each helper that is not there has an
+    equal node of `fleet` to run on. Of several the first decides for all: it has to be there.
+
+    For a task that no node can take with its helpers beside it. Moving residuals costs more than
+    anything that is gained by it, so nothing is ever placed apart by choice.
+    """
+    alone = replace(task, helpers=())
+
+    def able(node: NodeState) -> bool:
+        away = [model for model in task.helpers if model not in node.ready]
+        if len(task.helpers) > 1 and task.helpers[0] in away:
+            return False
+        return all(
+            stands_alone(model) and control_helper(model, node, fleet, exact=True, now=now)
+            for model in away
+        )
+
+    return alone, [node for node in nodes if task.model in node.ready and able(node)]
 
 
 def patience(own_seconds: float, *, answered: bool, required: bool) -> float:
