@@ -121,7 +121,8 @@ def residuals(
 
 
 def _sums(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return tuple(one + other for one, other in zip(a, b, strict=True))
+    """As diffusers has it, as many as the ControlNet with the fewest has."""
+    return tuple(one + other for one, other in zip(a, b, strict=False))
 
 
 def _present(control: Control) -> Any:
