@@ -416,6 +416,9 @@ class Device:
         try:
             denoiser, denoising = sharing.divisible(task), task.denoising
             assert denoising is not None
+            if not task.own_seconds:  # until it was measured
+                left = denoising.total_steps - denoising.step
+                task.own_seconds = task.remaining_seconds() / left / 2
             for share, question in sharing.questions(task, self._store):
                 self._post(self._listener.asking, task, share, question)
             if not task.parted and any(s.open and s.part is Part.BRANCH for s in task.shares):

@@ -142,14 +142,14 @@ class NodeMetrics:
             "assisted_steps",
             "Parts of steps of this node's leases that another node computed: branch, control.",
             "model",
-            "part",
+            "stage",
         )
         self.assists = counter(
             "assists",
             "Helpers of this node's leases, by how it went: done, refused, ended (by the helper), "
             "slow, lost.",
             "model",
-            "part",
+            "stage",
             "outcome",
         )
         self.helper_wait_seconds = histogram(

@@ -88,8 +88,8 @@ async def test_a_branch_elsewhere_gives_the_picture_of_one_node(pair: tuple[Rig,
     assert done.timing.steps_helped >= STEPS - 1
     assert done.timing.steps_run == STEPS
     assert two.strings.ran.count("branch") == done.timing.steps_helped
-    assert count(one, "assisted_steps_total", model="dit", part="branch") == STEPS - 1
-    assert count(one, "assists_total", model="dit", part="branch", outcome="done") == 1
+    assert count(one, "assisted_steps_total", model="dit", stage="branch") == STEPS - 1
+    assert count(one, "assists_total", model="dit", stage="branch", outcome="done") == 1
     ended = count(two, "tasks_total", model="dit", stage="branch", outcome="done")
     assert ended == done.timing.steps_helped
     await nothing_left(one, two)
@@ -165,7 +165,7 @@ async def test_a_helper_that_others_need_is_left_at_once(pair: tuple[Rig, Rig]) 
     done = await gateway.event("done", "r")
     assert latents(done) == expected
     assert 1 <= done.timing.steps_helped < STEPS - 1
-    assert count(one, "assists_total", model="dit", part="branch", outcome="ended") == 1
+    assert count(one, "assists_total", model="dit", stage="branch", outcome="ended") == 1
     assert (await other.end_of("urgent"))[0] == "done"
     await gateway.send(release=node_pb2.Release(request_ids=["r"]))
     await nothing_left(one, two)
@@ -238,7 +238,7 @@ async def test_a_slow_helper_is_left_and_its_step_computed_here(
     done = await gateway.event("done", "r")
     assert latents(done) == expected
     assert not done.timing.steps_helped
-    assert count(one, "assists_total", model="dit", part="branch", outcome="slow") == 1
+    assert count(one, "assists_total", model="dit", stage="branch", outcome="slow") == 1
     two.strings.release()
     await nothing_left(one, two)
 
@@ -301,7 +301,7 @@ async def test_a_helper_that_goes_says_so(pair: tuple[Rig, Rig], what: str) -> N
     await settles(lambda: not len(two.server.node.helpers))
     one.strings.release()
     assert latents(await gateway.event("done", "r")) == expected
-    assert count(one, "assists_total", model="dit", part="branch", outcome="ended") == 1
+    assert count(one, "assists_total", model="dit", stage="branch", outcome="ended") == 1
     await nothing_left(one, two)
 
 
