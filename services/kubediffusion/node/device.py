@@ -26,17 +26,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from kubediffusion.errors import (
-    Cancelled,
-    HelperLost,
-    Internal,
-    InvalidInput,
-    KubeDiffusionError,
-)
-from kubediffusion.models.base import CheckpointState, Part, PortValue
-from kubediffusion.node import ports, sharing
+from kubediffusion.errors import Cancelled, Internal, InvalidInput, KubeDiffusionError
+from kubediffusion.models.base import CheckpointState, PortValue
+from kubediffusion.node import ports
 from kubediffusion.node.failures import FailureReason, failure_of, is_poisoned
-from kubediffusion.node.sharing import Constants, Share
+from kubediffusion.node.sharing import Constants, Share, StepSharing
 from kubediffusion.node.tasks import Stop, Task
 from kubediffusion.scheduling.order import FairShare, Limits, next_batch
 from kubediffusion.tensors import TensorStore
@@ -93,6 +87,7 @@ class Device:
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._ready: dict[int, Task] = {}
         self._fair = FairShare()
+        self._sharing = StepSharing(store, self._tell_sharing, self._tell_asking)
         self._posts: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._armed = False
         self._closing = False
@@ -117,7 +112,7 @@ class Device:
 
     def joined(self, task: Task, share: Share) -> None:
         """The helper is there: from the lease's next step on."""
-        self._inbox.put(lambda: self._join(task, share))
+        self._hear_soon(task, share, lambda: self._sharing.joined(task, share))
 
     def answered(
         self,
@@ -128,11 +123,15 @@ class Device:
         fetched: ports.Arrays,
     ) -> None:
         """The helper's part of that step."""
-        self._inbox.put(lambda: self._answer(task, share, step, refs, fetched))
+        answered = partial(self._sharing.answered, task, share, step, refs, fetched)
+        self._hear_soon(task, share, answered)
 
     def left(self, task: Task, share: Share, why: KubeDiffusionError) -> None:
         """The helper is lost: the lease goes on without it, if it can."""
-        self._inbox.put(lambda: self._leave(task, share, why))
+        self._hear_soon(task, share, lambda: self._sharing.left(task, share, why))
+
+    def _hear_soon(self, task: Task, share: Share, what: Callable[[], None]) -> None:
+        self._inbox.put(lambda: self._hear(task, share, what))
 
     def call(self, function: Callable[[], T]) -> asyncio.Future[T]:
         """Runs `function` on the device thread between two steps."""
@@ -199,9 +198,7 @@ class Device:
             self._fair.leave(task.tenant)
         task.denoising = None
         task.fetched = {}
-        task.waiting = False
-        task.shares.clear()
-        sharing.free_sent(task, self._store)
+        self._sharing.forget(task)
         if task in self.running:
             self.running = tuple(other for other in self.running if other is not task)
 
@@ -343,7 +340,7 @@ class Device:
                 task.assign.budget if task.assign.HasField("budget") else None,
             )
             if not task.steps_run:
-                self._share(task)
+                self._sharing.begin(task)
             if not task.exact and not task.shares:
                 task.batch_key = (task.resident.identity, denoiser.batch_key(task.denoising))
         except Exception as error:
@@ -397,42 +394,13 @@ class Device:
 
     # ------------------------------------------------------------ helpers elsewhere
 
-    def _share(self, task: Task) -> None:
-        """Looks for the helpers of a lease that begins. Raises."""
-        for share in sharing.shares_of(task):
-            try:
-                constants = sharing.constants_of(task, share, self._store)
-            except InvalidInput as error:
-                if share.required:
-                    raise
-                log.info("lease %s needs no helper: %s", "/".join(task.name), error)
-                continue
-            task.shares.append(share)
-            self._post(self._listener.sharing, task, share, constants)
-
     def _advance_in_parts(self, task: Task) -> None:
         """A step up to where a part from elsewhere is missing, or to its end."""
         begin = perf_counter()
         try:
-            denoiser, denoising = sharing.divisible(task), task.denoising
-            assert denoising is not None
-            if not task.own_seconds:  # until it was measured
-                left = denoising.total_steps - denoising.step
-                task.own_seconds = task.remaining_seconds() / left / 2
-            for share, question in sharing.questions(task, self._store):
-                self._post(self._listener.asking, task, share, question)
-            if not task.parted and any(s.open and s.part is Part.BRANCH for s in task.shares):
-                denoiser.own(denoising)
-                task.parted, task.own_seconds = True, perf_counter() - begin
-            if any(share.pending for share in task.shares):
-                self._wait(task)
-            else:
-                parts = sharing.answers(task)
-                denoiser.assemble(denoising, parts)
-                task.parted = False
-                task.steps_run += 1
-                task.steps_helped += bool(parts)
-                sharing.free_sent(task, self._store)
+            if not self._sharing.advance(task):
+                # The device is for others until the part is here.
+                self.running = tuple(other for other in self.running if other is not task)
         except Exception as error:
             self._fail(task, error)
             return
@@ -440,51 +408,17 @@ class Device:
         task.run_seconds += seconds
         self._charge([task], seconds)
 
-    def _wait(self, task: Task) -> None:
-        """The device is for others until the part is here. The lease stays the current one."""
-        task.waiting, task.waiting_since = True, perf_counter()
-        self.running = tuple(other for other in self.running if other is not task)
-
-    def _resume(self, task: Task) -> None:
-        if task.waiting and not any(share.pending for share in task.shares):
-            task.waiting = False
-            task.helper_wait_seconds += perf_counter() - task.waiting_since
-
-    def _join(self, task: Task, share: Share) -> None:
-        if share in task.shares:
-            share.open = True
-            # Where the lease waits, it is for this: now the helper can be asked.
-            task.waiting = False
-
-    def _answer(
-        self,
-        task: Task,
-        share: Share,
-        step: int,
-        refs: Sequence[tensor_pb2.TensorRef],
-        fetched: ports.Arrays,
-    ) -> None:
-        if share not in task.shares or share.asked != step:
-            return
-        try:
-            share.answer = [ports.tensor(ref, fetched) for ref in refs]
-        except Exception as error:
-            self._fail(task, error)
-            return
-        share.answered = True
-        self._resume(task)
-
-    def _leave(self, task: Task, share: Share, why: KubeDiffusionError) -> None:
+    def _hear(self, task: Task, share: Share, what: Callable[[], None]) -> None:
+        """Something of a helper that the lease still has."""
         if share not in task.shares:
             return
-        task.shares.remove(share)
-        if share.required:
-            self._fail(task, HelperLost(f"helper {sharing.lost(share, why)}"))
-            return
-        log.info("lease %s goes on without %s", "/".join(task.name), sharing.lost(share, why))
-        if not task.shares and not task.exact:
-            self._key(task)
-        self._resume(task)
+        try:
+            what()
+        except Exception as error:
+            self._fail(task, error)
+        else:
+            if not task.shares and not task.exact:
+                self._key(task)
 
     def _key(self, task: Task) -> None:
         """What the lease's next step may share a forward with."""
@@ -545,6 +479,12 @@ class Device:
             self._post(self._listener.poisoned, str(error))
 
     # ------------------------------------------------------------ back to the loop
+
+    def _tell_sharing(self, task: Task, share: Share, constants: Constants) -> None:
+        self._post(self._listener.sharing, task, share, constants)
+
+    def _tell_asking(self, task: Task, share: Share, step: node_pb2.AssistStep) -> None:
+        self._post(self._listener.asking, task, share, step)
 
     def _post(self, function: Callable[..., None], *arguments: Any) -> None:
         """Many posts, one wake-up: the loop takes all that has gathered when it gets there."""
