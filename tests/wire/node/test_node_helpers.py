@@ -154,6 +154,23 @@ async def test_two_leases_share_a_helper(pair: tuple[Rig, Rig]) -> None:
     await nothing_left(one, two)
 
 
+@pytest.mark.parametrize(("priority", "before"), [(5, 1), (-5, STEPS)])
+async def test_a_part_is_in_the_class_of_its_lease(
+    pair: tuple[Rig, Rig], priority: int, before: int
+) -> None:
+    one, two = pair
+    gateway, other = await one.gateway(), await two.gateway("g2")
+    two.strings.hold()
+    await denoise(other, "own", fast=False)
+    await two.strings.started("step")
+    await denoise(gateway, "r", helper(two, CONTROL), fast=False, priority=priority)
+    await settles(lambda: len(two.server.node.tasks) == 2)
+    two.strings.release()
+    await gateway.event("done", "r")
+    first = two.strings.ran.index("control")
+    assert two.strings.ran[:first].count("step") == before
+
+
 async def test_a_helper_that_others_need_is_left_at_once(pair: tuple[Rig, Rig]) -> None:
     one, two = pair
     expected = await drawn(one)
