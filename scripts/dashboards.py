@@ -188,6 +188,27 @@ MODELS = (
         ),
     ),
     Panel(
+        "Steps shared between nodes",
+        "Parts that another node computed, a second; leases that nodes help now; helpers that did "
+        "not last.",
+        "short",
+        (
+            (
+                "{{model}} {{stage}}",
+                per_second("kubediffusion_node_assisted_steps_total", "model, stage"),
+            ),
+            ("helped now", f"sum(kubediffusion_node_helping{{{N}}})"),
+            (
+                "{{outcome}}",
+                per_second("kubediffusion_node_assists_total", "outcome", f'{N}, outcome!="done"'),
+            ),
+            (
+                "{{model}} waits, seconds a lease",
+                mean("kubediffusion_node_helper_wait_seconds", "model"),
+            ),
+        ),
+    ),
+    Panel(
         "Tokens kept",
         "Of the image tokens that came to prunable blocks, in pruned requests.",
         "percentunit",

@@ -14,6 +14,7 @@
     ├── Cancelled                   HTTP 499, CANCELLED
     ├── Unavailable                 HTTP 503, UNAVAILABLE: no node, a port in use, a full disk
     │   ├── SourceUnavailable       weights that cannot be fetched or kept
+    │   ├── HelperLost              another node that computed a part of a lease's steps is gone
     │   └── TensorLost              an intermediate result is gone; its producer runs again
     └── Internal                    HTTP 500, INTERNAL: our bug
 
@@ -106,6 +107,10 @@ class Unavailable(KubeDiffusionError):
 
 class SourceUnavailable(Unavailable):
     reason = "SourceUnavailable"
+
+
+class HelperLost(Unavailable):
+    reason = "HelperLost"
 
 
 class TensorLost(Unavailable):

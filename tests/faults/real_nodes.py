@@ -118,6 +118,10 @@ class RealNode:
         self._process = _context.Process(target=serve, args=arguments, daemon=True)
         await asyncio.to_thread(self._process.start)
 
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.is_alive()
+
     async def kill(self) -> None:
         os.kill(self._process.pid, signal.SIGKILL)
         await asyncio.to_thread(self._process.join, 60)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kubediffusion.errors import KubeDiffusionError
 from kubediffusion.gateway.connections import NodeConnection
+from kubediffusion.gateway.helpers import NONE, Helpers
 from kubediffusion.gateway.plan import HELPER_STAGE, PlannedTask
 from kubediffusion.scheduling.placement import Placement
 from kubediffusion.v1alpha1 import gateway_pb2, node_pb2, tensor_pb2
@@ -101,6 +102,7 @@ class Attempt:
     __slots__ = (
         "epoch",
         "expected_seconds",
+        "helpers",
         "leaving",
         "node",
         "request_id",
@@ -119,6 +121,7 @@ class Attempt:
         node: NodeConnection,
         placement: Placement,
         since: float,
+        helpers: Helpers = NONE,
     ) -> None:
         self.run = run
         self.task = task
@@ -130,6 +133,9 @@ class Attempt:
         # It was known that the node is going.
         self.leaving = node.leaving
         self.since = since
+        # On other nodes; held until the attempt is over.
+        self.helpers = helpers
+        helpers.hold()
         self.started = False
         # The policy asked for the lease back.
         self.revoked = False

@@ -77,6 +77,7 @@ class NodeConnection:
     ) -> None:
         self.address = address
         self.last_placed = 0
+        self._helping = 0
         self.description: node_pb2.DescribeResponse | None = None
         self.retiring = False
         self._full = Fullness()
@@ -140,6 +141,16 @@ class NodeConnection:
         return self.description.fingerprint if self.description is not None else ""
 
     @property
+    def helping(self) -> int:
+        """Leases on other nodes that were told to be helped there; its reports say so later."""
+        return self._helping
+
+    @helping.setter
+    def helping(self, leases: int) -> None:
+        self._helping = leases
+        self._state = None
+
+    @property
     def assigned(self) -> int:
         return len(self._assigned)
 
@@ -177,6 +188,7 @@ class NodeConnection:
             full_until=self._full.until,
             last_placed=self.last_placed,
             gateways=load.gateways,
+            helping=max(load.helping, self.helping),
         )
 
     # ------------------------------------------------------------ what the coordinator does

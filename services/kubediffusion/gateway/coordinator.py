@@ -20,6 +20,7 @@ from kubediffusion.errors import (
     NotFound,
     Unavailable,
 )
+from kubediffusion.gateway import helpers
 from kubediffusion.gateway.attempts import Attempt, RunListener, TaskRun, TaskStatus
 from kubediffusion.gateway.config import GatewayConfig
 from kubediffusion.gateway.connections import NodeConnection
@@ -128,6 +129,7 @@ class ImageRun:
                     cancelled.add(attempt.node)
                     attempt.node.cancel(request_id)
                 attempt.node.forget(attempt)
+                attempt.helpers.release()
         for node in self._touched:
             node.release(request_id)
         self._touched.clear()
@@ -205,10 +207,10 @@ class ImageRun:
     def _assign(self, task: TaskRun, node: NodeConnection, placement: Placement) -> None:
         task.epoch += 1
         task.attempts += 1
-        attempt = Attempt(self, task, node, placement, self._fleet.now())
-        message = assign_message(
-            self.plan, task, self.tasks, placement, self._config.checkpoint_every, self._fleet.now()
-        )
+        now, every = self._fleet.now(), self._config.checkpoint_every
+        chosen = helpers.choose(self._fleet, task.planned, node.address, task.failed_on)
+        attempt = Attempt(self, task, node, placement, now, chosen)
+        message = assign_message(self.plan, task, self.tasks, placement, every, now, chosen)
         task.status = TaskStatus.ASSIGNED
         task.attempt = attempt
         self._touched[node] = None
@@ -310,9 +312,7 @@ class ImageRun:
         units = planned.units
         if planned.steps and timing.steps_run and timing.steps_run != planned.steps:
             units *= timing.steps_run / planned.steps
-        self._fleet.profiles.observe_run(
-            planned.model, planned.stage, attempt.node.fingerprint, units, timing.run_seconds
-        )
+        helpers.observe(self._fleet.profiles, planned, attempt.node.fingerprint, units, timing)
         # LoRAs are fetched in the same time, and from elsewhere.
         if timing.fetch_seconds and not planned.template.loras:
             pulled = bytes_to_pull(task, self.tasks)
@@ -387,7 +387,10 @@ class ImageRun:
             self._input_lost(attempt, body)
         else:
             word = rpc.word_of(node_pb2.FailureReason, body.reason, "FAILURE_REASON_")
-            self.task_lost(attempt, word.title().replace("_", ""), body.message)
+            helper = body.reason == node_pb2.FAILURE_REASON_HELPER_LOST
+            if helper:
+                attempt.task.failed_on |= attempt.helpers.addresses
+            self.task_lost(attempt, word.title().replace("_", ""), body.message, blame=not helper)
 
     def _input_lost(self, attempt: Attempt, body: node_pb2.Failed) -> None:
         """The producers of what is gone run again, then this task; nobody's node is to blame."""
@@ -455,6 +458,7 @@ class ImageRun:
 
     def _leave(self, attempt: Attempt) -> None:
         attempt.node.forget(attempt)
+        attempt.helpers.release()
         attempt.task.attempt = None
         if attempt.task.status is TaskStatus.ASSIGNED:
             attempt.task.status = TaskStatus.WAITING

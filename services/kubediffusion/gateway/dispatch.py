@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kubediffusion.gateway.attempts import TaskRun
+from kubediffusion.gateway.helpers import NONE, Helpers
 from kubediffusion.gateway.plan import ImagePlan
 from kubediffusion.scheduling.placement import Placement, PlacementTask
 from kubediffusion.tensors import stored
@@ -49,6 +50,7 @@ def assign_message(
     placement: Placement,
     checkpoint_every: int,
     now: float,
+    helpers: Helpers = NONE,
 ) -> node_pb2.WorkRequest:
     """An `assign`: the task's next attempt, with what its producers gave."""
     planned = task.planned
@@ -70,6 +72,5 @@ def assign_message(
             lease.preview_every = -(-planned.steps // (plan.previews + 1))
         if task.checkpoint is not None and placement.resumes:
             lease.resume.CopyFrom(task.checkpoint)
-        for name, model in planned.helpers:  # on the lease's own node: no address
-            lease.helpers.add(kind=node_pb2.Helper.KIND_CONTROLNET, model=model, name=name)
+        helpers.add_to(lease, planned)
     return request

@@ -13,6 +13,7 @@ from typing import TypeAlias
 from kubediffusion.errors import KubeDiffusionError, NotFound, Unavailable
 from kubediffusion.gateway.config import NodeLimits
 from kubediffusion.gateway.connections import NodeConnection
+from kubediffusion.scheduling.assist import place_apart
 from kubediffusion.scheduling.fleet import NodeState, serving
 from kubediffusion.scheduling.placement import Placement, PlacementTask, place
 from kubediffusion.scheduling.profiles import Profiles
@@ -101,7 +102,15 @@ class Fleet:
     def place(self, task: PlacementTask) -> Placement | None:
         # The hosts of inputs count too, whatever models they have.
         nodes = self.states() if task.inputs else self.states_with(task.model)
-        return place(task, nodes, self.profiles, self.now(), self._draw)
+        found = place(task, nodes, self.profiles, self.now(), self._draw)
+        if found is None and task.helpers:
+            apart = place_apart(task, nodes, self.states(), self._stands_alone, self.now())
+            found = place(*apart, self.profiles, self.now(), self._draw)
+        return found
+
+    def _stands_alone(self, model: str) -> bool:
+        """Whether a ControlNet can be on another node than its denoiser: borrows nothing of it."""
+        return bool(self.facts.get(model, {}).get("own_pos_embed", True))
 
     def place_leaving(self, task: PlacementTask) -> tuple[NodeConnection, Placement] | None:
         """On a node that is going, for a task whose models nobody else will have: see `need`."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -160,12 +161,13 @@ class Denoiser(Protocol):
         inputs: Mapping[str, PortValue],
         loras: Sequence[Lora] = (),
         resume: CheckpointState | None = None,
-        controlnets: Sequence[tuple[str, Model]] = (),
+        controlnets: Sequence[tuple[str, Model | None]] = (),
         budget: float | None = None,
         step_cache: StepCache | None = None,
     ) -> Denoising:
         """`controlnets` by name, in the workflow's order; ports `control.<name>.latents`.
 
+        One whose model is None is elsewhere: `Divisible` steps bring what it computes.
         `budget` is the mean share of tokens to keep, None for all of them; `step_cache` lets steps
         be left out. Raises InvalidInput, field ``budget`` or ``step_cache``, where the model cannot
         keep to it.
@@ -178,6 +180,81 @@ class Denoiser(Protocol):
 
     def advance(self, batch: Sequence[Denoising]) -> None:
         """One step of each. With one element the bits are those of the family's pipeline."""
+        ...
+
+
+class Part(Enum):
+    """What of a denoiser's step another node may compute. The value is the stage's name."""
+
+    # The negative prompt's half of classifier-free guidance.
+    BRANCH = "branch"
+    # One ControlNet's residuals.
+    CONTROL = "control"
+
+
+@dataclass(frozen=True)
+class PartStep:
+    """What a part needs of one step beside its constants. `latents` (1, C, h, w)."""
+
+    step: int  # steps done so far
+    timestep: float
+    latents: torch.Tensor
+    # Of a ControlNet at this step: 0 outside of its start and end.
+    scale: float = 1.0
+
+
+class Helping(Protocol):
+    """One part of one lease's steps, on the node that computes it for another."""
+
+    def compute(self, step: PartStep) -> Sequence[torch.Tensor]:
+        """In the order in which the consumer uses them."""
+        ...
+
+
+@runtime_checkable
+class Helper(Protocol):
+    """A `Model` that can compute a part of other nodes' leases."""
+
+    def help(
+        self, part: Part, constants: Mapping[str, PortValue], loras: Sequence[Lora] = ()
+    ) -> Helping:
+        """`constants` are what `Divisible.constants` gave. Raises InvalidInput."""
+        ...
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A `Denoiser` whose steps can be computed in parts, some of them elsewhere.
+
+    A step of one lease is then `own` (only where the branch is divided), any other work of the
+    device in between, and `assemble` once the other parts have come. Until `assemble` the denoising
+    is where it was: it can be checkpointed, given up, or stepped by `Denoiser.advance` instead.
+    """
+
+    def constants(self, denoising: Denoising, part: Part, name: str) -> Mapping[str, PortValue]:
+        """Of all steps, for a helper; `name` is a ControlNet's.
+
+        Raises InvalidInput, field `helpers`, where the part cannot be computed elsewhere.
+        """
+        ...
+
+    def part_step(self, denoising: Denoising, part: Part, name: str) -> PartStep:
+        """The next step, for a helper."""
+        ...
+
+    def own(self, denoising: Denoising) -> None:
+        """The prompt's branch of the next step, kept until `assemble` or `advance`."""
+        ...
+
+    def assemble(
+        self,
+        denoising: Denoising,
+        parts: Mapping[tuple[Part, str], Sequence[torch.Tensor]],
+    ) -> None:
+        """The next step, from `parts` by (part, name); what is not among them is computed here.
+
+        In the order of arithmetic of `advance`: with ControlNets elsewhere, to the same bits.
+        """
         ...
 
 

@@ -3,14 +3,16 @@
 """Stand-ins for models: the same stages and contract, and no arithmetic to speak of.
 
 They measure what the service itself costs, and let faults be tried a thousand times a minute.
-Their option ``step_seconds`` makes a step take that long. The picture depends on the seed, the
-prompts and every single step, so that a step lost or done twice shows in it.
+Their option ``step_seconds`` makes a step take that long, half of it for each branch. The picture
+depends on the seed, the prompts, every single step and both its branches, and on the order of
+ControlNets' residuals, so that any of these lost or done twice shows in it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
 from time import sleep
 
@@ -21,15 +23,20 @@ from kubediffusion.errors import InvalidInput
 from kubediffusion.models.base import (
     CheckpointState,
     Family,
+    Helping,
     LoadSpec,
     Lora,
     Model,
+    Part,
+    PartStep,
     PortValue,
     StepCache,
 )
 
 WIDTH = 8
 SIDE = 8
+# Of a ControlNet, at each step.
+RESIDUALS = 3
 _MODULUS = 2**31 - 1
 
 
@@ -79,11 +86,41 @@ class Standin:
         return {"embeds": _number(_digest(text.encode())), "pooled": _POOLED}
 
 
-class StandinDenoising:
-    """Its state is one number, which each step mixes with the step's own."""
+@dataclass(frozen=True)
+class StandinPart:
+    """A branch or a ControlNet's residuals, from what they depend on; takes `seconds`."""
 
-    def __init__(self, state: int, total_steps: int, step: int = 0) -> None:
+    key: int
+    values: int
+    seconds: float = 0.0
+
+    def at(self, state: int, step: int) -> list[int]:
+        return [(state * 69621 + self.key + step * 31 + i) % _MODULUS for i in range(self.values)]
+
+    def compute(self, step: PartStep) -> Sequence[torch.Tensor]:
+        if self.seconds:
+            sleep(self.seconds)
+        return [torch.tensor([each]) for each in self.at(int(step.latents.item()), step.step)]
+
+
+class StandinDenoising:
+    """Its state is one number, which each step mixes with its branches and residuals."""
+
+    def __init__(
+        self,
+        state: int,
+        total_steps: int,
+        branch: StandinPart,
+        controls: Mapping[str, StandinPart],
+        resident: frozenset[str],
+        step: int = 0,
+    ) -> None:
         self.state = state
+        self.branch = branch
+        # In the workflow's order; the names of those that are here.
+        self.controls = controls
+        self.resident = resident
+        self.own: int | None = None
         self._total = total_steps
         self._step = step
 
@@ -95,9 +132,19 @@ class StandinDenoising:
     def total_steps(self) -> int:
         return self._total
 
-    def advance(self) -> None:
+    def part_step(self) -> PartStep:
+        return PartStep(self._step, float(self._step), torch.tensor([self.state]))
+
+    def advance(self, parts: Mapping[tuple[Part, str], Sequence[int]]) -> None:
+        """The parts that are not given are computed."""
+        negative = parts.get((Part.BRANCH, "")) or self.branch.at(self.state, self._step)
+        state = (self.state * 48271 if self.own is None else self.own) + negative[0]
+        for name, control in self.controls.items():
+            for residual in parts.get((Part.CONTROL, name)) or control.at(self.state, self._step):
+                state = (state * 31 + residual) % _MODULUS
+        self.own = None
         self._step += 1
-        self.state = (self.state * 48271 + self._step) % _MODULUS
+        self.state = (state + self._step) % _MODULUS
 
     def checkpoint(self) -> CheckpointState:
         return CheckpointState(self._step, self._total, {"latents": torch.tensor([self.state])})
@@ -115,36 +162,105 @@ class StandinDenoiser(Standin):
         inputs: Mapping[str, PortValue],
         loras: Sequence[Lora] = (),
         resume: CheckpointState | None = None,
-        controlnets: Sequence[tuple[str, Model]] = (),
+        controlnets: Sequence[tuple[str, Model | None]] = (),
         budget: float | None = None,
         step_cache: StepCache | None = None,
     ) -> StandinDenoising:
         steps = inputs.get("steps")
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise InvalidInput("it must be a whole number above 0", field="steps")
-        if resume is not None:
-            state = int(resume.tensors["latents"].item())
-            return StandinDenoising(state, resume.total_steps, resume.step)
-        state = 0
-        for name in sorted(inputs):
-            value = inputs[name]
-            if isinstance(value, torch.Tensor | np.ndarray):
-                value = value.sum().item()
-            state = (state * 31 + _digest(f"{name}={value!r}".encode())) % _MODULUS
+        controls = {
+            name: StandinPart(_digest(f"control.{name}".encode()), RESIDUALS)
+            for name, _ in controlnets
+        }
+        resident = frozenset(name for name, model in controlnets if model is not None)
+        negative = sorted((n, v) for n, v in inputs.items() if n.startswith("negative"))
+        branch = StandinPart(_mixed(0, negative), 1)
+        state = _mixed(0, sorted(inputs.items()))
         if budget is not None:
-            state = (state * 31 + _digest(f"budget={budget}".encode())) % _MODULUS
-        for lora in loras:
-            state = (state * 31 + _digest(f"{lora.name}={lora.scale}".encode())) % _MODULUS
-        return StandinDenoising(state, steps)
+            state = _mixed(state, [("budget", budget)])
+        state = _mixed(state, [(lora.name, lora.scale) for lora in loras])
+        if resume is None:
+            return StandinDenoising(state, steps, branch, controls, resident)
+        state = int(resume.tensors["latents"].item())
+        total = resume.total_steps
+        return StandinDenoising(state, total, branch, controls, resident, resume.step)
 
     def batch_key(self, denoising: object) -> object:
         return "standin"
 
     def advance(self, batch: Sequence[StandinDenoising]) -> None:
-        if self._seconds:
-            sleep(self._seconds)
+        self._wait(1.0)
         for denoising in batch:
-            denoising.advance()
+            denoising.advance({})
+
+    # ------------------------------------------------------------ in parts
+
+    def constants(
+        self, denoising: StandinDenoising, part: Part, name: str
+    ) -> Mapping[str, PortValue]:
+        found = denoising.branch if part is Part.BRANCH else denoising.controls[name]
+        return {"key": found.key}
+
+    def part_step(self, denoising: StandinDenoising, part: Part, name: str) -> PartStep:
+        return denoising.part_step()
+
+    def own(self, denoising: StandinDenoising) -> None:
+        self._wait(0.5)
+        denoising.own = denoising.state * 48271
+
+    def assemble(
+        self,
+        denoising: StandinDenoising,
+        parts: Mapping[tuple[Part, str], Sequence[torch.Tensor]],
+    ) -> None:
+        if denoising.own is None:
+            self._wait(0.5)
+        if (Part.BRANCH, "") not in parts:
+            self._wait(0.5)
+        missing = [
+            name
+            for name in denoising.controls
+            if name not in denoising.resident and (Part.CONTROL, name) not in parts
+        ]
+        if missing:
+            raise InvalidInput(f"ControlNet {missing[0]} is not here", field="helpers")
+        denoising.advance(
+            {part: [int(value.item()) for value in values] for part, values in parts.items()}
+        )
+
+    def help(
+        self, part: Part, constants: Mapping[str, PortValue], loras: Sequence[Lora] = ()
+    ) -> Helping:
+        return _standin_help(self.spec, part, Part.BRANCH, constants, self._seconds / 2)
+
+    def _wait(self, share: float) -> None:
+        if self._seconds:
+            sleep(self._seconds * share)
+
+
+class StandinControlNet(Standin):
+    def help(
+        self, part: Part, constants: Mapping[str, PortValue], loras: Sequence[Lora] = ()
+    ) -> Helping:
+        return _standin_help(self.spec, part, Part.CONTROL, constants, self._seconds)
+
+
+def _standin_help(
+    spec: LoadSpec, part: Part, own: Part, constants: Mapping[str, PortValue], seconds: float
+) -> Helping:
+    key = constants.get("key")
+    if part is not own or not isinstance(key, int):
+        raise InvalidInput(f"a {spec.component} helps with no {part.value}", field="helper")
+    return StandinPart(key, RESIDUALS if part is Part.CONTROL else 1, seconds)
+
+
+def _mixed(state: int, items: Iterable[tuple[str, PortValue]]) -> int:
+    for name, value in items:
+        if isinstance(value, torch.Tensor | np.ndarray):
+            value = value.sum().item()
+        state = (state * 31 + _digest(f"{name}={value!r}".encode())) % _MODULUS
+    return state
 
 
 def _option(spec: LoadSpec, name: str, default: float) -> float:
@@ -195,7 +311,8 @@ _FACTS: dict[str, dict[str, str | int | float | bool]] = {
 
 
 def _load(spec: LoadSpec) -> Model:
-    return StandinDenoiser(spec) if spec.component == "transformer" else Standin(spec)
+    return _CLASSES.get(spec.component, Standin)(spec)
 
 
+_CLASSES = {"transformer": StandinDenoiser, "controlnet": StandinControlNet}
 STANDIN = Family("standin", tuple(_STAGES), _load)

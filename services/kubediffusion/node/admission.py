@@ -10,6 +10,7 @@ from kubediffusion.errors import InvalidInput
 from kubediffusion.node.inputs import Inputs, UndeclaredError, declared
 from kubediffusion.node.residency import Residency
 from kubediffusion.node.session import MAX_NAME
+from kubediffusion.node.sharing import EXACT_BRANCH, PARTS
 from kubediffusion.node.tasks import Name, Resident
 from kubediffusion.tensors import TensorStore
 from kubediffusion.v1alpha1 import node_pb2
@@ -46,9 +47,9 @@ class Admission:
 
     def examine(
         self, assign: node_pb2.Assign, *, draining: bool, tasks: int, present: int | None
-    ) -> tuple[list[Resident], tuple[node_pb2.LoraUse, ...]]:
-        """The models that the task runs on, its own first, and its LoRAs as they are declared;
-        remembers its epoch.
+    ) -> tuple[Resident, list[Resident | None], tuple[node_pb2.LoraUse, ...]]:
+        """The task's model, those of its lease's helpers (None for one that is elsewhere and not
+        here), and its LoRAs as they are declared; remembers its epoch.
 
         `tasks` are here already; `present` is the epoch of one of this name that is, which a
         newer epoch replaces. Raises RefusedError, and InvalidInput where the task is at fault.
@@ -61,15 +62,16 @@ class Admission:
         if draining:
             raise RefusedError(node_pb2.DECLINE_REASON_DRAINING, "the node is draining")
         self._check_epoch(key, present)
-        residents = self._models_for(assign)
-        self._check(assign, residents[0])
-        loras = _declared(assign, residents[0])
+        resident = self._ready(assign.model)
+        helpers = [self._helper(assign, helper) for helper in assign.lease.helpers]
+        self._check(assign, resident)
+        loras = _declared(assign, resident)
         if tasks >= self._max_tasks:
             raise RefusedError(
                 node_pb2.DECLINE_REASON_QUEUE_FULL, f"{tasks} tasks are here already"
             )
         self._remember((key.request_id, key.task), key.epoch)
-        return residents, loras
+        return resident, helpers, loras
 
     def _check_epoch(self, key: node_pb2.TaskKey, present: int | None) -> None:
         highest = self._epochs.get((key.request_id, key.task), 0)
@@ -85,24 +87,27 @@ class Admission:
         while len(self._epochs) > REMEMBERED_EPOCHS:
             self._epochs.popitem(last=False)
 
-    def _models_for(self, assign: node_pb2.Assign) -> list[Resident]:
-        wanted = [assign.model]
-        for helper in assign.lease.helpers:
-            elsewhere = helper.address and helper.address != self._store.address
-            if helper.kind != node_pb2.Helper.KIND_CONTROLNET or elsewhere:
-                raise RefusedError(
-                    node_pb2.DECLINE_REASON_NOT_RESIDENT,
-                    f"helper {helper.name or helper.model}: only a ControlNet on the lease's own "
-                    "node can help it",
-                )
-            wanted.append(helper.model)
-        found = [(identity, self._residency.ready_model(identity)) for identity in wanted]
-        missing = [identity for identity, resident in found if resident is None]
-        if missing:
+    def _ready(self, identity: str) -> Resident:
+        resident = self._residency.ready_model(identity)
+        if resident is None:
             raise RefusedError(
-                node_pb2.DECLINE_REASON_NOT_RESIDENT, f"model {missing[0]} is not ready here"
+                node_pb2.DECLINE_REASON_NOT_RESIDENT, f"model {identity} is not ready here"
             )
-        return [resident for _, resident in found if resident is not None]
+        return resident
+
+    def _helper(self, assign: node_pb2.Assign, helper: node_pb2.Helper) -> Resident | None:
+        if helper.kind not in PARTS:
+            raise RefusedError(
+                node_pb2.DECLINE_REASON_PROTOCOL, "this node does not know such helpers"
+            )
+        if helper.address == self._store.address:
+            helper.ClearField("address")
+        if helper.kind == node_pb2.Helper.KIND_CFG_BRANCH:
+            _check_branch(assign, helper)
+            return None
+        if helper.address:
+            return self._residency.ready_model(helper.model)
+        return self._ready(helper.model)
 
     def _check(self, assign: node_pb2.Assign, resident: Resident) -> None:
         model = resident.loaded
@@ -127,6 +132,27 @@ class Admission:
                 f"the checkpoint is of {resume.fingerprint}; going on with {self._fingerprint} "
                 "would give other bits",
             )
+
+
+def _check_branch(assign: node_pb2.Assign, helper: node_pb2.Helper) -> None:
+    """Raises InvalidInput where a branch cannot be computed elsewhere."""
+    if assign.numerics != node_pb2.NUMERICS_FAST:
+        raise InvalidInput(EXACT_BRANCH, field="numerics")
+    if assign.HasField("budget"):
+        raise InvalidInput(
+            "a pruned request keeps both its branches on one node, for they keep the same tokens; "
+            "send it without a helper for a branch",
+            field="budget",
+        )
+    if assign.HasField("step_cache"):
+        raise InvalidInput(
+            "a step cache is of both branches, on one node; send it without a helper for a branch",
+            field="step_cache",
+        )
+    if not helper.address or helper.model != assign.model:
+        raise InvalidInput(
+            "a branch is computed by the lease's own model on another node", field="helpers"
+        )
 
 
 def _declared(assign: node_pb2.Assign, resident: Resident) -> tuple[node_pb2.LoraUse, ...]:

@@ -8,16 +8,20 @@ import asyncio
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kubediffusion.errors import InvalidInput, KubeDiffusionError, TensorLost, Unavailable
+from kubediffusion.models.base import PortValue
 from kubediffusion.node.admission import Admission, RefusedError, is_begun
+from kubediffusion.node.assisting import Assisting
 from kubediffusion.node.device import Device, Outputs
 from kubediffusion.node.failures import FailureReason, failure_of
+from kubediffusion.node.helping import Helpers
 from kubediffusion.node.inputs import Inputs
 from kubediffusion.node.report import Reporter
 from kubediffusion.node.residency import Residency
 from kubediffusion.node.session import Session
+from kubediffusion.node.sharing import Constants, Share
 from kubediffusion.node.tasks import Name, Resident, Stop, Task
 from kubediffusion.telemetry.metrics import Children, NodeMetrics
 from kubediffusion.tensors import TensorStore, stored
@@ -64,6 +68,9 @@ class Node:
         self._quiet.set()
         self._freed = asyncio.Event()
         self.reporter = Reporter(self, store, device, residency, metrics, now)
+        # Helpers of the leases that are here, and what this node helps.
+        self.assisting = Assisting(device, inputs, store, metrics)
+        self.helpers = Helpers(self, residency, inputs, store, metrics, device.fingerprint, now)
         residency.on_evicting = self._evicting
 
     # ------------------------------------------------------------ gateways
@@ -151,7 +158,7 @@ class Node:
         mine = present is not None and present.session is session
         if mine and present is not None and present.key.epoch == assign.key.epoch:
             return None
-        residents, loras = self._admission.examine(
+        resident, helpers, loras = self._admission.examine(
             assign,
             draining=self.draining
             and not self._residency.needs.has(session.gateway_id, assign.model),
@@ -161,20 +168,36 @@ class Node:
         if present is not None:
             self._stop(present, Stop.CANCEL)
             self._forget(present)
-        task = self._make(session, assign, residents, loras)
-        self._store.admit(task.scope)
-        self.tasks[name] = task
-        self._quiet.clear()
-        for resident in residents:
-            resident.enter(task)
+        task = self.make(session, assign, resident, helpers, loras)
+        self._enter(task)
+        self.helpers.give_way()
         return task
 
-    def _make(
+    def submit(self, task: Task) -> None:
+        """A part of another node's lease: nothing has to be fetched for it."""
+        self._enter(task)
+        self.reporter.changed()
+        self._device.submit(task)
+
+    def withdraw(self, task: Task) -> None:
+        """What `submit` took is no longer wanted."""
+        self._stop(task, Stop.CANCEL)
+
+    def _enter(self, task: Task) -> None:
+        self._store.admit(task.scope)
+        self.tasks[task.name] = task
+        self._quiet.clear()
+        for resident in task.residents:
+            resident.enter(task)
+
+    def make(
         self,
         session: Session,
         assign: node_pb2.Assign,
-        residents: Sequence[Resident],
-        loras: Sequence[node_pb2.LoraUse],
+        resident: Resident,
+        helpers: Sequence[Resident | None] = (),
+        loras: Sequence[node_pb2.LoraUse] = (),
+        call: Callable[[], Mapping[str, PortValue]] | None = None,
     ) -> Task:
         now = self._now()
         if assign.lease.HasField("resume") and not is_begun(assign.lease.resume):
@@ -182,8 +205,9 @@ class Node:
         return Task(
             assign=assign,
             session=session,
-            resident=residents[0],
-            helpers=residents[1:],
+            resident=resident,
+            helpers=helpers,
+            call=call,
             sequence=next(self._sequence),
             arrival=now,
             deadline=now + assign.remaining_ms / 1000 if assign.HasField("remaining_ms") else None,
@@ -235,6 +259,7 @@ class Node:
     def _evicting(self, resident: Resident) -> None:
         for task in list(resident.tasks):
             self._stop(task, Stop.EVICT)
+        self.helpers.end("the model is being evicted", resident)
         self.reporter.count_measures(resident)
 
     async def drain(self) -> None:
@@ -245,6 +270,7 @@ class Node:
         self.reporter.now()
         for task in list(self.tasks.values()):
             self._stop(task, Stop.DRAIN)
+        self.helpers.end("the node is draining")
         await self._quiet.wait()
 
     async def forsaken(self) -> None:
@@ -336,6 +362,12 @@ class Node:
     def preempted(self, task: Task) -> None:
         self._metrics.leases_preempted.labels(task.model).inc()
 
+    def sharing(self, task: Task, share: Share, constants: Constants) -> None:
+        self.assisting.begin(task, share, constants)
+
+    def asking(self, task: Task, share: Share, step: node_pb2.AssistStep) -> None:
+        self.assisting.ask(share, step)
+
     def poisoned(self, message: str) -> None:
         self._on_poisoned(message)
 
@@ -348,8 +380,9 @@ class Node:
         task.ended = True
         if self.tasks.get(task.name) is task:
             del self.tasks[task.name]
-        for resident in (task.resident, *task.helpers):
+        for resident in task.residents:
             resident.leave(task)
+        self.assisting.end(task)
         if not self.tasks:
             self._quiet.set()
             self._freed.set()

@@ -30,6 +30,7 @@ from kubediffusion.errors import Cancelled, Internal, InvalidInput, KubeDiffusio
 from kubediffusion.models.base import CheckpointState, PortValue
 from kubediffusion.node import ports
 from kubediffusion.node.failures import FailureReason, failure_of, is_poisoned
+from kubediffusion.node.sharing import Constants, Share, StepSharing
 from kubediffusion.node.tasks import Stop, Task
 from kubediffusion.scheduling.order import FairShare, Limits, next_batch
 from kubediffusion.tensors import TensorStore
@@ -57,6 +58,12 @@ class Listener(Protocol):
     def preempted(self, task: Task) -> None: ...
     def poisoned(self, message: str) -> None: ...
 
+    def sharing(self, task: Task, share: Share, constants: Constants) -> None:
+        """A lease has begun that a helper elsewhere computes a part of."""
+
+    def asking(self, task: Task, share: Share, step: node_pb2.AssistStep) -> None:
+        """The helper is to compute this step's part; then `Device.answered`."""
+
 
 class Device:
     """Its methods are for the event loop; what they ask for happens at the next boundary."""
@@ -80,6 +87,7 @@ class Device:
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._ready: dict[int, Task] = {}
         self._fair = FairShare()
+        self._sharing = StepSharing(store, self._tell_sharing, self._tell_asking)
         self._posts: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._armed = False
         self._closing = False
@@ -101,6 +109,29 @@ class Device:
     def stop(self, task: Task) -> None:
         """Ends a submitted task at the next boundary as `task.stop` says."""
         self._inbox.put(lambda: self._stop(task))
+
+    def joined(self, task: Task, share: Share) -> None:
+        """The helper is there: from the lease's next step on."""
+        self._hear_soon(task, share, lambda: self._sharing.joined(task, share))
+
+    def answered(
+        self,
+        task: Task,
+        share: Share,
+        step: int,
+        refs: Sequence[tensor_pb2.TensorRef],
+        fetched: ports.Arrays,
+    ) -> None:
+        """The helper's part of that step."""
+        answered = partial(self._sharing.answered, task, share, step, refs, fetched)
+        self._hear_soon(task, share, answered)
+
+    def left(self, task: Task, share: Share, why: KubeDiffusionError) -> None:
+        """The helper is lost: the lease goes on without it, if it can."""
+        self._hear_soon(task, share, lambda: self._sharing.left(task, share, why))
+
+    def _hear_soon(self, task: Task, share: Share, what: Callable[[], None]) -> None:
+        self._inbox.put(lambda: self._hear(task, share, what))
 
     def call(self, function: Callable[[], T]) -> asyncio.Future[T]:
         """Runs `function` on the device thread between two steps."""
@@ -137,7 +168,7 @@ class Device:
         try:
             while not self._closing:
                 self._receive()
-                if self._ready and not self._closing:
+                if not self._closing:
                     self._turn()
         except BaseException as error:
             # A bug of ours, for a model's exceptions end with its task. Without this thread
@@ -149,7 +180,7 @@ class Device:
     def _receive(self) -> None:
         """Does what the loop asked for; waits for that only where there is nothing to run."""
         try:
-            message = self._inbox.get(block=not self._ready)
+            message = self._inbox.get(block=all(t.waiting for t in self._ready.values()))
             while message is not None:
                 message()
                 message = self._inbox.get_nowait()
@@ -167,6 +198,7 @@ class Device:
             self._fair.leave(task.tenant)
         task.denoising = None
         task.fetched = {}
+        self._sharing.forget(task)
         if task in self.running:
             self.running = tuple(other for other in self.running if other is not task)
 
@@ -187,7 +219,7 @@ class Device:
 
     def _turn(self) -> None:
         self._prepare_fellow()
-        tasks = list(self._ready.values())
+        tasks = [task for task in self._ready.values() if not task.waiting]
         if not tasks:
             return
         if len(tasks) == 1:
@@ -210,6 +242,8 @@ class Device:
         if not batch[0].is_lease:
             return  # a one-shot task goes in between; the lease it held up stays the current one
         for task in self._ready.values():
+            if task.waiting:
+                continue  # what others do until its part is here keeps nothing from it
             was, task.running = task.running, task in batch
             if was and not task.running:
                 self._post(self._listener.preempted, task)
@@ -226,7 +260,7 @@ class Device:
                 return
             for task in self._ready.values():
                 like = task.resident is running.resident and task.is_lease and not task.exact
-                if like and task.denoising is None:
+                if like and task.denoising is None and not task.assign.lease.helpers:
                     self._begin(task)
                     return
 
@@ -236,7 +270,10 @@ class Device:
         begin = perf_counter()
         try:
             inputs = self._inputs(task)
-            result = task.resident.loaded.run(task.stage, inputs, task.loras)
+            if task.call is not None:
+                result = task.call()
+            else:
+                result = task.resident.loaded.run(task.stage, inputs, task.loras)
             task.run_seconds = perf_counter() - begin
             outputs = self._outputs(task, result)
             task.warnings = _warnings(result)
@@ -274,10 +311,12 @@ class Device:
     def _step(self, batch: Sequence[Task]) -> None:
         begun = [task for task in batch if task.denoising is not None or self._begin(task)]
         stepping = [task for task in begun if not self._through(task)]
-        if stepping:
+        if len(stepping) == 1 and (stepping[0].shares or stepping[0].parted):
+            self._advance_in_parts(stepping[0])
+        elif stepping:
             self._advance(stepping)
         for task in begun:
-            if task.sequence in self._ready:
+            if task.sequence in self._ready and not task.waiting:
                 self._after_step(task, stepped=task in stepping)
 
     def _begin(self, task: Task, resume: CheckpointState | None = None) -> bool:
@@ -294,13 +333,16 @@ class Device:
                 task.loras,
                 resume,
                 [
-                    (helper.name, resident.loaded)
+                    (helper.name, None if resident is None else resident.loaded)
                     for helper, resident in zip(lease.helpers, task.helpers, strict=True)
+                    if helper.kind == node_pb2.Helper.KIND_CONTROLNET
                 ],
                 task.assign.budget if task.assign.HasField("budget") else None,
                 ports.step_cache_of(task.assign),
             )
-            if not task.exact:
+            if not task.steps_run:
+                self._sharing.begin(task)
+            if not task.exact and not task.shares:
                 task.batch_key = (task.resident.identity, denoiser.batch_key(task.denoising))
         except Exception as error:
             self._fail(task, error)
@@ -333,6 +375,7 @@ class Device:
             for task in tasks:
                 task.run_seconds += seconds
                 task.steps_run += 1
+                task.parted = False
             self._charge(tasks, seconds)
             return
         # After the handler: the error held on to what the forward had allocated.
@@ -350,6 +393,40 @@ class Device:
             for task in tasks:
                 task.batch_key = None
 
+    # ------------------------------------------------------------ helpers elsewhere
+
+    def _advance_in_parts(self, task: Task) -> None:
+        """A step up to where a part from elsewhere is missing, or to its end."""
+        begin = perf_counter()
+        try:
+            if not self._sharing.advance(task):
+                # The device is for others until the part is here.
+                self.running = tuple(other for other in self.running if other is not task)
+        except Exception as error:
+            self._fail(task, error)
+            return
+        seconds = perf_counter() - begin
+        task.run_seconds += seconds
+        self._charge([task], seconds)
+
+    def _hear(self, task: Task, share: Share, what: Callable[[], None]) -> None:
+        """Something of a helper that the lease still has."""
+        if share not in task.shares:
+            return
+        try:
+            what()
+        except Exception as error:
+            self._fail(task, error)
+        else:
+            if not task.shares and not task.exact:
+                self._key(task)
+
+    def _key(self, task: Task) -> None:
+        """What the lease's next step may share a forward with."""
+        if task.resident.denoiser is not None and task.denoising is not None:
+            key = task.resident.denoiser.batch_key(task.denoising)
+            task.batch_key = (task.resident.identity, key)
+
     def _after_step(self, task: Task, stepped: bool) -> None:
         denoising, lease = task.denoising, task.assign.lease
         assert denoising is not None
@@ -364,10 +441,8 @@ class Device:
                 return
             if not stepped:
                 return
-            if task.batch_key is not None and task.resident.denoiser is not None:
-                # The next step may be of other shapes, as a pruned one's.
-                key = task.resident.denoiser.batch_key(denoising)
-                task.batch_key = (task.resident.identity, key)
+            if task.batch_key is not None:
+                self._key(task)  # the next step may be of other shapes, as a pruned one's
             now = self._now()
             if now - task.told >= TELL_SECONDS:
                 task.told = now
@@ -407,6 +482,12 @@ class Device:
             self._post(self._listener.poisoned, str(error))
 
     # ------------------------------------------------------------ back to the loop
+
+    def _tell_sharing(self, task: Task, share: Share, constants: Constants) -> None:
+        self._post(self._listener.sharing, task, share, constants)
+
+    def _tell_asking(self, task: Task, share: Share, step: node_pb2.AssistStep) -> None:
+        self._post(self._listener.asking, task, share, step)
 
     def _post(self, function: Callable[..., None], *arguments: Any) -> None:
         """Many posts, one wake-up: the loop takes all that has gathered when it gets there."""

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from kubediffusion.errors import Internal, InvalidInput, KubeDiffusionError, Overloaded
+from kubediffusion.errors import HelperLost, Internal, InvalidInput, KubeDiffusionError, Overloaded
 from kubediffusion.v1alpha1 import node_pb2
 
 FailureReason: TypeAlias = node_pb2.FailureReason
@@ -23,6 +23,8 @@ def failure_of(error: Exception) -> tuple[KubeDiffusionError, FailureReason]:
         return error, node_pb2.FAILURE_REASON_OUT_OF_MEMORY
     if isinstance(error, InvalidInput):
         return error, node_pb2.FAILURE_REASON_INVALID_INPUT
+    if isinstance(error, HelperLost):
+        return error, node_pb2.FAILURE_REASON_HELPER_LOST
     if isinstance(error, KubeDiffusionError):
         return error, node_pb2.FAILURE_REASON_INTERNAL
     text = f"unexpected {type(error).__name__}; see the node's log"

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -46,13 +46,19 @@ class Inputs:
             found = [self._loras.get(_source(lora)) for lora in task.loras_declared]
             if any(path is None for path in found):
                 return False
-            task.loras = self._resolved(task)
+            task.loras = self._resolved(task.assign.loras, task.loras_declared)
         return True
 
     async def gather(self, task: Task) -> None:
         """Raises TensorLost with all that are lost, InvalidInput, or SourceUnavailable."""
         begin = perf_counter()
-        refs = _to_pull(task.assign)
+        task.fetched = await self.pull(_references(task.assign))
+        task.loras = await self.loras(task.assign.loras, task.loras_declared)
+        task.fetch_seconds = perf_counter() - begin
+
+    async def pull(self, references: Iterable[tensor_pb2.TensorRef]) -> ports.Arrays:
+        """What does not come inline, by id. Raises TensorLost with all that are lost."""
+        refs = {ref.id: ref for ref in references if not ref.HasField("inline")}
         arrays = await asyncio.gather(
             *(self._fetcher.fetch_array(ref) for ref in refs.values()), return_exceptions=True
         )
@@ -63,14 +69,18 @@ class Inputs:
             raise TensorLost(str(lost[0]), tensor_ids=ids)
         if errors:
             raise errors[0]
-        task.fetched = {
+        return {
             i: array for i, array in zip(refs, arrays, strict=True) if isinstance(array, np.ndarray)
         }
-        for lora in task.loras_declared:
+
+    async def loras(
+        self, uses: Sequence[node_pb2.LoraUse], declared: Sequence[node_pb2.LoraUse]
+    ) -> list[Lora]:
+        """With their files. Raises InvalidInput, or SourceUnavailable."""
+        for lora in declared:
             if _source(lora) not in self._loras:
                 self._loras[_source(lora)] = await in_thread(self._resolve_lora, lora)
-        task.loras = self._resolved(task)
-        task.fetch_seconds = perf_counter() - begin
+        return self._resolved(uses, declared)
 
     def trim(self) -> None:
         self._fetcher.trim()
@@ -78,10 +88,12 @@ class Inputs:
     async def close(self) -> None:
         await self._fetcher.close()
 
-    def _resolved(self, task: Task) -> list[Lora]:
+    def _resolved(
+        self, uses: Sequence[node_pb2.LoraUse], declared: Sequence[node_pb2.LoraUse]
+    ) -> list[Lora]:
         return [
-            Lora(use.name, self._loras[_source(declared)], use.scale, declared.weight_name)
-            for use, declared in zip(task.assign.loras, task.loras_declared, strict=True)
+            Lora(use.name, self._loras[_source(found)], use.scale, found.weight_name)
+            for use, found in zip(uses, declared, strict=True)
         ]
 
 
@@ -89,7 +101,9 @@ class UndeclaredError(Exception):
     """A LoRA that the plan which this node knows does not declare."""
 
 
-def declared(assign: node_pb2.Assign, spec: node_pb2.ModelSpec) -> tuple[node_pb2.LoraUse, ...]:
+def declared(
+    assign: node_pb2.Assign | node_pb2.AssistOpen, spec: node_pb2.ModelSpec
+) -> tuple[node_pb2.LoraUse, ...]:
     """The task's LoRAs as the model's spec declares them: a request chooses among these, and no
     other files.
 

@@ -103,6 +103,7 @@ class Reporter:
             tensors=stats.tensors,
             residency_generation=self._residency.generation,
             gateways=len(self._node.sessions),
+            helping=len(self._node.helpers),
         )
 
     def observe(self, task: Task, outcome: str, error: str = "") -> None:
@@ -111,6 +112,8 @@ class Reporter:
         timing = task.timing()
         child(metrics.tasks, *labels, outcome).inc()
         self.count_steps(task)
+        if task.steps_helped:
+            child(metrics.helper_wait_seconds, task.model).observe(task.helper_wait_seconds)
         spent: dict[str, float] = {}
         if task.started is not None:
             child(metrics.task_queue_seconds, *labels).observe(timing.queue_seconds)

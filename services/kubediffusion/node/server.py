@@ -192,6 +192,7 @@ class NodeServer:
         self.node.reporter.stop()
         for session in list(self.node.sessions.values()):
             self.node.close(session)
+        await self.node.assisting.stop()
         if self._grpc is not None:
             await self._grpc.stop(grace)
         await self.residency.stop()

@@ -8,7 +8,6 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import grpc
 import grpc.aio
 
 from kubediffusion import rpc, tensors
@@ -64,7 +63,5 @@ class Service(node_pb2_grpc.ModelNodeServicer):
         return self._describe()
 
     async def Assist(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
-        await context.abort(
-            grpc.StatusCode.UNIMPLEMENTED,
-            "this node helps no other: place ControlNets on the denoiser's own node",
-        )
+        async with rpc.answering(context):
+            await self._node.helpers.serve(context)

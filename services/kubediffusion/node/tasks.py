@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from math import inf
@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kubediffusion.models.base import Denoiser, Denoising, Lora, Measured, Measures, Model
+from kubediffusion.models.base import (
+    Denoiser,
+    Denoising,
+    Lora,
+    Measured,
+    Measures,
+    Model,
+    PortValue,
+)
+from kubediffusion.node.sharing import Share
 from kubediffusion.scheduling.order import Entry, Kind
 from kubediffusion.tensors import Scope
 from kubediffusion.v1alpha1 import node_pb2
@@ -106,7 +115,8 @@ class Task:
     assign: node_pb2.Assign
     session: Session
     resident: Resident
-    helpers: Sequence[Resident]
+    # By the lease's helpers; None for one that is not here.
+    helpers: Sequence[Resident | None]
     sequence: int
     arrival: float
     deadline: float | None
@@ -115,6 +125,8 @@ class Task:
     exact: bool
     # Its LoRAs as the plan declared them when it was taken: a later plan does not concern it.
     loras_declared: Sequence[node_pb2.LoraUse] = ()
+    # What to run instead of the model's own stage: a step's part, for another node's lease.
+    call: Callable[[], Mapping[str, PortValue]] | None = None
     fetching: asyncio.Task[None] | None = None
     # Tensors that did not come inline, by id, and the LoRAs' files.
     fetched: Mapping[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
@@ -132,6 +144,18 @@ class Task:
     run_seconds: float = 0.0
     warnings: Sequence[str] = ()
     steps_run: int = 0
+    # Helpers elsewhere that have not been lost, and whether the lease waits for one: then others
+    # have the device, and the lease is still the current one.
+    shares: list[Share] = field(default_factory=list[Share])
+    waiting: bool = False
+    waiting_since: float = 0.0
+    # The next step is half done: its own branch is there.
+    parted: bool = False
+    own_seconds: float = 0.0
+    # Latents that its helpers were sent, by id.
+    sent: list[str] = field(default_factory=list[str])
+    steps_helped: int = 0
+    helper_wait_seconds: float = 0.0
     # When its gateway was last told of its progress.
     told: float = -inf
 
@@ -151,6 +175,11 @@ class Task:
         self.model, self.stage, self.tenant = assign.model, assign.stage, assign.tenant
         self.is_lease = self.stage == "denoise"
         self.scope = Scope(self.session.gateway_id, self.name[0])
+
+    @property
+    def residents(self) -> list[Resident]:
+        """The models here that it runs on."""
+        return [self.resident, *(each for each in self.helpers if each is not None)]
 
     @property
     def labels(self) -> tuple[str, str]:
@@ -191,4 +220,6 @@ class Task:
             fetch_seconds=self.fetch_seconds,
             run_seconds=self.run_seconds,
             steps_run=self.steps_run,
+            steps_helped=self.steps_helped,
+            helper_wait_seconds=self.helper_wait_seconds,
         )

@@ -36,6 +36,8 @@ class NodeState:
     last_placed: int = 0
     # Gateways with a stream to it, ourselves included.
     gateways: int = 1
+    # Other nodes' leases that it computes a part of.
+    helping: int = 0
 
     def takes_work(self, now: float) -> bool:
         return not self.draining and self.full_until <= now

@@ -137,6 +137,28 @@ class NodeMetrics:
         self.checkpoints = counter("checkpoints", "Checkpoints handed out.", "model")
         self.previews = counter("previews", "Previews handed out.", "model")
 
+        self.helping = gauge("helping", "Leases of other nodes that this node computes a part of.")
+        self.assisted_steps = counter(
+            "assisted_steps",
+            "Parts of steps of this node's leases that another node computed: branch, control.",
+            "model",
+            "stage",
+        )
+        self.assists = counter(
+            "assists",
+            "Helpers of this node's leases, by how it went: done, refused, ended (by the helper), "
+            "slow, lost.",
+            "model",
+            "stage",
+            "outcome",
+        )
+        self.helper_wait_seconds = histogram(
+            "helper_wait_seconds",
+            "How long a lease waited for parts of its steps, its own being done.",
+            SECONDS,
+            "model",
+        )
+
         self.model_state = gauge(
             "model_state", "1 for the state that the model is in, else 0.", "model", "state"
         )

@@ -30,8 +30,9 @@ Each process serves `/metrics` in the Prometheus format: a model node on its `me
 gateway on its own. The names live in one file, `services/kubediffusion/telemetry/metrics.py`.
 
 `model` is a model's identity (the hash that nodes and `kubediffusion status` show), `stage` one of
-`encode`, `denoise`, `decode`, `encode_image`, `control`. Request ids, prompts, tenants and node
-addresses are never labels. Queue gauges are 0, not missing, for every model that a process knows.
+`encode`, `denoise`, `decode`, `encode_image`; `control` and `branch` are parts of steps that a node
+computes for another one's lease. Request ids, prompts, tenants and node addresses are never
+labels. Queue gauges are 0, not missing, for every model that a process knows.
 
 The queue is counted where the wait is: ten requests at one node with one slot are nine in
 `kubediffusion_node_tasks_queued` and one in `kubediffusion_node_tasks_running`. In

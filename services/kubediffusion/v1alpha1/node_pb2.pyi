@@ -369,16 +369,20 @@ class Done(_message.Message):
     def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., outputs: _Optional[_Mapping[str, _tensor_pb2.Value]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("queue_seconds", "fetch_seconds", "run_seconds", "steps_run")
+    __slots__ = ("queue_seconds", "fetch_seconds", "run_seconds", "steps_run", "steps_helped", "helper_wait_seconds")
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     FETCH_SECONDS_FIELD_NUMBER: _ClassVar[int]
     RUN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     STEPS_RUN_FIELD_NUMBER: _ClassVar[int]
+    STEPS_HELPED_FIELD_NUMBER: _ClassVar[int]
+    HELPER_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     queue_seconds: float
     fetch_seconds: float
     run_seconds: float
     steps_run: int
-    def __init__(self, queue_seconds: _Optional[float] = ..., fetch_seconds: _Optional[float] = ..., run_seconds: _Optional[float] = ..., steps_run: _Optional[int] = ...) -> None: ...
+    steps_helped: int
+    helper_wait_seconds: float
+    def __init__(self, queue_seconds: _Optional[float] = ..., fetch_seconds: _Optional[float] = ..., run_seconds: _Optional[float] = ..., steps_run: _Optional[int] = ..., steps_helped: _Optional[int] = ..., helper_wait_seconds: _Optional[float] = ...) -> None: ...
 
 class Yielded(_message.Message):
     __slots__ = ("key", "checkpoint")
@@ -403,7 +407,7 @@ class Failed(_message.Message):
     def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., reason: _Optional[_Union[FailureReason, str]] = ..., message: _Optional[str] = ..., lost_tensors: _Optional[_Iterable[str]] = ..., field: _Optional[str] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("queued", "running", "queued_seconds", "memory_used", "memory_limit", "draining", "resident", "tensor_bytes", "tensors", "residency_generation", "gateways")
+    __slots__ = ("queued", "running", "queued_seconds", "memory_used", "memory_limit", "draining", "resident", "tensor_bytes", "tensors", "residency_generation", "gateways", "helping")
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -415,6 +419,7 @@ class LoadReport(_message.Message):
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     RESIDENCY_GENERATION_FIELD_NUMBER: _ClassVar[int]
     GATEWAYS_FIELD_NUMBER: _ClassVar[int]
+    HELPING_FIELD_NUMBER: _ClassVar[int]
     queued: int
     running: int
     queued_seconds: float
@@ -426,7 +431,8 @@ class LoadReport(_message.Message):
     tensors: int
     residency_generation: int
     gateways: int
-    def __init__(self, queued: _Optional[int] = ..., running: _Optional[int] = ..., queued_seconds: _Optional[float] = ..., memory_used: _Optional[int] = ..., memory_limit: _Optional[int] = ..., draining: _Optional[bool] = ..., resident: _Optional[_Iterable[str]] = ..., tensor_bytes: _Optional[int] = ..., tensors: _Optional[int] = ..., residency_generation: _Optional[int] = ..., gateways: _Optional[int] = ...) -> None: ...
+    helping: int
+    def __init__(self, queued: _Optional[int] = ..., running: _Optional[int] = ..., queued_seconds: _Optional[float] = ..., memory_used: _Optional[int] = ..., memory_limit: _Optional[int] = ..., draining: _Optional[bool] = ..., resident: _Optional[_Iterable[str]] = ..., tensor_bytes: _Optional[int] = ..., tensors: _Optional[int] = ..., residency_generation: _Optional[int] = ..., gateways: _Optional[int] = ..., helping: _Optional[int] = ...) -> None: ...
 
 class ModelSpec(_message.Message):
     __slots__ = ("identity", "family", "component", "uri", "revision", "subfolder", "variant", "dtype", "class_name", "options", "loras")
@@ -559,7 +565,7 @@ class AssistRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[AssistOpen, _Mapping]] = ..., step: _Optional[_Union[AssistStep, _Mapping]] = ..., close: _Optional[_Union[AssistClose, _Mapping]] = ...) -> None: ...
 
 class AssistOpen(_message.Message):
-    __slots__ = ("key", "helper", "inputs", "loras", "numerics", "protocol")
+    __slots__ = ("key", "helper", "inputs", "loras", "numerics", "protocol", "tenant", "weight", "priority", "remaining_ms", "traceparent")
     class InputsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -573,13 +579,23 @@ class AssistOpen(_message.Message):
     LORAS_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_MS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     key: TaskKey
     helper: Helper
     inputs: _containers.MessageMap[str, _tensor_pb2.Value]
     loras: _containers.RepeatedCompositeFieldContainer[LoraUse]
     numerics: Numerics
     protocol: ProtocolRange
-    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., helper: _Optional[_Union[Helper, _Mapping]] = ..., inputs: _Optional[_Mapping[str, _tensor_pb2.Value]] = ..., loras: _Optional[_Iterable[_Union[LoraUse, _Mapping]]] = ..., numerics: _Optional[_Union[Numerics, str]] = ..., protocol: _Optional[_Union[ProtocolRange, _Mapping]] = ...) -> None: ...
+    tenant: str
+    weight: float
+    priority: int
+    remaining_ms: int
+    traceparent: str
+    def __init__(self, key: _Optional[_Union[TaskKey, _Mapping]] = ..., helper: _Optional[_Union[Helper, _Mapping]] = ..., inputs: _Optional[_Mapping[str, _tensor_pb2.Value]] = ..., loras: _Optional[_Iterable[_Union[LoraUse, _Mapping]]] = ..., numerics: _Optional[_Union[Numerics, str]] = ..., protocol: _Optional[_Union[ProtocolRange, _Mapping]] = ..., tenant: _Optional[str] = ..., weight: _Optional[float] = ..., priority: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class AssistStep(_message.Message):
     __slots__ = ("step", "timestep", "latents", "scale")

@@ -222,8 +222,10 @@ MODELS = (spec("enc"), spec("dit", "transformer"), spec("vae", "vae"))
 class Rig:
     """A node in this process, on a unix socket, with puppets on it."""
 
-    def __init__(self, folder: Path, node_id: str = "n1", **config: Any) -> None:
-        self.shelf = Shelf(folder)
+    def __init__(
+        self, folder: Path, node_id: str = "n1", shelf: Shelf | None = None, **config: Any
+    ) -> None:
+        self.shelf = shelf or Shelf(folder)
         self.strings = self.shelf.strings
         self.clock = Clock()
         self.config = NodeConfig(

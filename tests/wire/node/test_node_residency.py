@@ -230,13 +230,6 @@ async def test_reflection_lists_the_services(rig: Rig) -> None:
     assert names >= {"kubediffusion.v1alpha1.ModelNode", "grpc.health.v1.Health"}
 
 
-async def test_assist_says_that_it_is_not_there(rig: Rig) -> None:
-    call = rig.stub.Assist()
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call.read()
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-
-
 async def test_a_model_that_cannot_be_unloaded_does_not_keep_the_next_plan_from_being_carried_out(
     rig: Rig,
 ) -> None:

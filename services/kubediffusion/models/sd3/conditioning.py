@@ -21,7 +21,9 @@ from kubediffusion.models.sd3.ports import number, tensor
 class Control:
     """One ControlNet of a request. `latents` (branches, C, h, w) of its image."""
 
-    net: SD3ControlNetModel
+    name: str
+    # None: it is on another node.
+    net: SD3ControlNetModel | None
     latents: torch.Tensor
     scale: float
     start: float
@@ -57,7 +59,7 @@ class Conditioner:
         self,
         inputs: Mapping[str, PortValue],
         loras: Sequence[Lora],
-        controlnets: Sequence[tuple[str, Model]],
+        controlnets: Sequence[tuple[str, Model | None]],
     ) -> Conditioning:
         """Raises InvalidInput naming the port at fault."""
         guidance = number(inputs, "guidance")
@@ -67,7 +69,15 @@ class Conditioner:
             embeds = torch.cat([negative, embeds], dim=0)
             pooled = torch.cat([negative_pooled, pooled], dim=0)
         controls = tuple(self._control(inputs, name, net) for name, net in controlnets)
-        multi = SD3MultiControlNetModel([c.net for c in controls]) if len(controls) > 1 else None
+        nets = [control.net for control in controls if control.net is not None]
+        if len(controls) > 1 and controls[0].net is None:
+            raise InvalidInput(
+                f"of several ControlNets the first, {controls[0].name}, decides what all are "
+                "given: it has to be on the denoiser's own node",
+                field="helpers",
+            )
+        together = len(controls) > 1 and len(nets) == len(controls)
+        multi = SD3MultiControlNetModel(nets) if together else None
         return Conditioning(embeds, pooled, guidance, controls, multi, tuple(loras))
 
     def _prompt(
@@ -91,15 +101,20 @@ class Conditioner:
         clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return torch.cat([clip, t5], dim=-2), torch.cat(pooled, dim=-1)
 
-    def _control(self, inputs: Mapping[str, PortValue], name: str, model: Model) -> Control:
-        if not isinstance(model, Sd3ControlNet):
+    def _control(self, inputs: Mapping[str, PortValue], name: str, model: Model | None) -> Control:
+        if not isinstance(model, Sd3ControlNet | None):
             raise InvalidInput(f"{name} is no ControlNet", field=f"control.{name}")
-        prefix, net = f"control.{name}", model.module
+        prefix, net = f"control.{name}", None if model is None else model.module
+        latents, borrows = tensor(inputs, f"{prefix}.latents"), False
+        if net is not None:
+            latents = latents.to(self._transformer.device, net.dtype)
+            borrows = net.config.use_pos_embed is False
         return Control(
+            name,
             net,
-            tensor(inputs, f"{prefix}.latents").to(self._transformer.device, net.dtype),
+            latents,
             number(inputs, f"{prefix}.scale", 1.0),
             number(inputs, f"{prefix}.start", 0.0),
             number(inputs, f"{prefix}.end", 1.0),
-            self._pos_embeds.of(net) if net.config.use_pos_embed is False else None,
+            self._pos_embeds.of(net) if borrows else None,
         )

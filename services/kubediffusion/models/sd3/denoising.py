@@ -45,6 +45,8 @@ class Sd3Denoising:
         self.pruning = LeasePruning(None, 0)
         self.step_cache: LeaseCache | None = None
         self._resumed_at = step
+        # The prompt's velocity at the next step, where the negative prompt's comes from elsewhere.
+        self.own: torch.Tensor | None = None
         self._step = step
         # What the last step started from: latents, velocity, timestep; for previews.
         self._last: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -94,6 +96,7 @@ class Sd3Denoising:
             velocity, self.timestep, self.latents, generator=self.generator, return_dict=False
         )[0]
         self.latents = self.latents.to(dtype)
+        self.own = None
         self._step += 1
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
@@ -14,10 +14,13 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from kubediffusion.errors import InvalidInput
 from kubediffusion.models.base import (
     CheckpointState,
+    Helping,
     LoadSpec,
     Lora,
     Measures,
     Model,
+    Part,
+    PartStep,
     PortValue,
     StepCache,
 )
@@ -26,8 +29,10 @@ from kubediffusion.models.loading import load_module, nbytes_of
 from kubediffusion.models.lora import Adapters
 from kubediffusion.models.pruning import LeasePruning, Pruning
 from kubediffusion.models.random import generator_of
+from kubediffusion.models.sd3 import parts
 from kubediffusion.models.sd3.conditioning import Conditioner
 from kubediffusion.models.sd3.denoising import Sd3Denoising, resumed
+from kubediffusion.models.sd3.ports import tensor
 from kubediffusion.models.sd3.sampling import Sampling
 
 
@@ -73,7 +78,7 @@ class Sd3Transformer:
         inputs: Mapping[str, PortValue],
         loras: Sequence[Lora] = (),
         resume: CheckpointState | None = None,
-        controlnets: Sequence[tuple[str, Model]] = (),
+        controlnets: Sequence[tuple[str, Model | None]] = (),
         budget: float | None = None,
         step_cache: StepCache | None = None,
     ) -> Sd3Denoising:
@@ -133,7 +138,9 @@ class Sd3Transformer:
 
     # ------------------------------------------------------------ one request
 
-    def _velocity(self, denoising: Sd3Denoising) -> torch.Tensor:
+    def _velocity(
+        self, denoising: Sd3Denoising, residuals: parts.Residuals = parts.NONE
+    ) -> torch.Tensor:
         c = denoising.conditioning
         latents = torch.cat([denoising.latents] * c.branches)
         timestep = denoising.timestep.expand(c.branches)
@@ -142,7 +149,7 @@ class Sd3Transformer:
             timestep=timestep,
             encoder_hidden_states=c.embeds,
             pooled_projections=c.pooled,
-            block_controlnet_hidden_states=_added(denoising, latents, timestep),
+            block_controlnet_hidden_states=_added(denoising, latents, timestep, residuals),
             return_dict=False,
         )[0]
         if c.branches == 1:
@@ -169,46 +176,76 @@ class Sd3Transformer:
         for denoising, velocity in zip(batch, out.split(1), strict=True):
             denoising.apply(velocity)
 
+    # ------------------------------------------------------------ a step in parts
 
-def _added(denoising: Sd3Denoising, latents: torch.Tensor, timestep: torch.Tensor) -> Any:
+    def constants(self, denoising: Any, part: Part, name: str) -> Mapping[str, PortValue]:
+        return parts.constants(denoising, part, name)
+
+    def part_step(self, denoising: Any, part: Part, name: str) -> PartStep:
+        return parts.part_step(denoising, part, name)
+
+    def own(self, denoising: Any) -> None:
+        self._adapters.use(denoising.conditioning.loras)
+        with torch.inference_mode():
+            denoising.own = self._row(denoising, 1)
+
+    def assemble(
+        self, denoising: Any, given: Mapping[tuple[Part, str], Sequence[torch.Tensor]]
+    ) -> None:
+        branch = given.get((Part.BRANCH, ""))
+        device = self._module.device
+        self._adapters.use(denoising.conditioning.loras)
+        member = (denoising.pruning, denoising.sigma)
+        cache: LeaseCache | None = denoising.step_cache
+        with torch.inference_mode(), self._caches.step(cache), self._pruning.step([member]):
+            if branch is None and denoising.own is None:
+                residuals = {
+                    name: [each.to(device) for each in values]
+                    for (part, name), values in given.items()
+                    if part is Part.CONTROL
+                }
+                denoising.apply(self._velocity(denoising, residuals))
+                return
+            negative = self._row(denoising, 0) if branch is None else branch[0].to(device)
+            positive = self._row(denoising, 1) if denoising.own is None else denoising.own
+            guidance = denoising.conditioning.guidance
+            denoising.apply(negative + guidance * (positive - negative))
+
+    def _row(self, denoising: Sd3Denoising, row: int) -> torch.Tensor:
+        """The velocity of one branch alone: 0 the negative prompt's, 1 the prompt's."""
+        c = denoising.conditioning
+        embeds, pooled = c.embeds[row : row + 1], c.pooled[row : row + 1]
+        return parts.branch_of(self._module, denoising.latents, denoising.timestep, embeds, pooled)
+
+    def help(
+        self, part: Part, constants: Mapping[str, PortValue], loras: Sequence[Lora] = ()
+    ) -> Helping:
+        if part is not Part.BRANCH:
+            raise InvalidInput(f"a transformer helps with no {part.value}", field="helper")
+        device = self._module.device
+        return parts.BranchHelp(
+            self._module,
+            self._adapters,
+            tuple(loras),
+            tensor(constants, "embeds").to(device),
+            tensor(constants, "pooled").to(device),
+        )
+
+
+def _added(
+    denoising: Sd3Denoising,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    given: parts.Residuals,
+) -> Any:
     """The residuals of the request's ControlNets; of a lease with a step cache, when asked for."""
+
+    def residuals() -> tuple[torch.Tensor, ...] | None:
+        return parts.residuals(denoising, latents, timestep, given)
+
     controls, cache = denoising.conditioning.controls, denoising.step_cache
     if not controls or cache is None:
-        return _residuals(denoising, latents, timestep)
-    count = len(controls[0].net.controlnet_blocks)
-    return LateResiduals(count, cache, lambda: _residuals(denoising, latents, timestep) or ())
-
-
-def _residuals(
-    denoising: Sd3Denoising, latents: torch.Tensor, timestep: torch.Tensor
-) -> tuple[torch.Tensor, ...] | None:
-    """What the ControlNets add to the transformer's blocks at this step.
-
-    Of several, the first one's config decides for all, and they run even where their scale is 0:
-    both as diffusers does.
-    """
-    c = denoising.conditioning
-    if not c.controls:
-        return None
-    config: Any = c.controls[0].net.config
-    zeros = config.force_zeros_for_pooled_projection
-    done, total = denoising.step, denoising.total_steps
-    scales = [
-        control.scale
-        * (1.0 - float(done / total < control.start or (done + 1) / total > control.end))
-        for control in c.controls
-    ]
-    images = [control.latents for control in c.controls]
-    for control in c.controls:
-        if control.pos_embed is not None:
-            # Another transformer's lease may have lent its own since the last step.
-            control.net.pos_embed = control.pos_embed
-    return (c.multi or c.controls[0].net)(
-        hidden_states=latents,
-        timestep=timestep,
-        encoder_hidden_states=None if config.joint_attention_dim is None else c.embeds,
-        pooled_projections=torch.zeros_like(c.pooled) if zeros else c.pooled,
-        controlnet_cond=images if c.multi else images[0],
-        conditioning_scale=scales if c.multi else scales[0],
-        return_dict=False,
-    )[0]
+        return residuals()
+    elsewhere, net = given.get(controls[0].name), cast("Any", controls[0].net)
+    count = len(net.controlnet_blocks) if elsewhere is None else len(elsewhere)
+    return LateResiduals(count, cache, lambda: residuals() or ())
