@@ -154,7 +154,7 @@ def _gpus_row(task: Task) -> dict[str, Any]:
 
 
 # Bytes a node in the lean mode: a cap as a user would write it into a spec.
-LEAN = {"S-a": 45e9, "S-b": 30e9, "S-c": 45e9, "S-d": 50e9, "S-e": 50e9, "S-f": 45e9, "S-g": 45e9}
+LEAN = {"S-a": 33e9, "S-b": 20e9, "S-c": 45e9, "S-d": 50e9, "S-e": 50e9, "S-f": 45e9, "S-g": 33e9}
 # The most of a day's load, as a share of the largest rate that the whole fleet serves.
 PEAK = 0.9
 # Loads from pinned memory take so much of what others take; a Shiva budget's denoiser steps too.

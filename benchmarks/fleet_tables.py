@@ -153,7 +153,7 @@ def _memory_table() -> list[str]:
     values = summary_of("grid", "gigabytes")
     return [
         *_header(SETTINGS, "arrangement"),
-        _cells("planned, in all the memory", values, "kubediffusion", "noise-0.1"),
+        _cells("planned, in all the memory", values, "kubediffusion", "grpc"),
         _cells("lean", values, "kubediffusion", "lean"),
         _cells("dedicated", values, DEDICATED, DEDICATED),
     ]
