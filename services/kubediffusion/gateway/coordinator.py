@@ -208,7 +208,7 @@ class ImageRun:
         task.epoch += 1
         task.attempts += 1
         now, every = self._fleet.now(), self._config.checkpoint_every
-        chosen = helpers.choose(self._fleet, task.planned, node.address, task.failed_on)
+        chosen = self._placing.helpers(task, node)
         attempt = Attempt(self, task, node, placement, now, chosen)
         message = assign_message(self.plan, task, self.tasks, placement, every, now, chosen)
         task.status = TaskStatus.ASSIGNED

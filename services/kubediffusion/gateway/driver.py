@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING
 
 from kubediffusion.errors import Overloaded
 from kubediffusion.gateway.attempts import Attempt, TaskRun
+from kubediffusion.gateway.connections import NodeConnection
 from kubediffusion.gateway.dispatch import placement_task
+from kubediffusion.gateway.helpers import NONE, Helpers
 from kubediffusion.gateway.led import Led
 from kubediffusion.gateway.nodes import Fleet
 from kubediffusion.gateway.placing import TURN, Turn
@@ -161,6 +163,10 @@ class PolicyDriver:
             placement_task(task, led.run.tasks), [state], self._fleet.profiles, self._now()
         )
         return found if found is not None and found.ready else None
+
+    def helpers(self, task: TaskRun, node: NodeConnection) -> Helpers:
+        """None: the policy counts on every idle node for a request of its own."""
+        return NONE
 
     def touched(self, run: ImageRun) -> None:
         led = self._led.get(run)

@@ -7,7 +7,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from kubediffusion.gateway.attempts import Attempt, TaskRun
+from kubediffusion.gateway.connections import NodeConnection
 from kubediffusion.gateway.dispatch import placement_task
+from kubediffusion.gateway.helpers import Helpers, choose
 from kubediffusion.gateway.nodes import Fleet
 from kubediffusion.scheduling.placement import Placement
 from kubediffusion.v1alpha1 import gateway_pb2
@@ -28,6 +30,10 @@ class Placing(Protocol):
         """Where a task runs whose inputs are there; None while no node can take it."""
         ...
 
+    def helpers(self, task: TaskRun, node: NodeConnection) -> Helpers:
+        """Who helps a task that is about to be sent to that node."""
+        ...
+
     def touched(self, run: ImageRun) -> None:
         """Something became of a task of it: one awaits its turn, left its node, or all ended."""
         ...
@@ -45,6 +51,9 @@ class PlacingByQueue:
 
     def place(self, run: ImageRun, task: TaskRun) -> Placement | Turn | None:
         return self._fleet.place(placement_task(task, run.tasks))
+
+    def helpers(self, task: TaskRun, node: NodeConnection) -> Helpers:
+        return choose(self._fleet, task.planned, node.address, task.failed_on)
 
     def touched(self, run: ImageRun) -> None:
         pass

@@ -18,6 +18,8 @@ from shiva_kernels.apply import apply_shiva
 from shiva_kernels.artifact import Artifact
 from shiva_kernels.config import Guidance, KeepMap, ShivaConfig
 from shiva_kernels.training.assemble import load_pipeline
+from shiva_kernels.training.data import ShapesSource
+from shiva_kernels.training.evaluation import Sample, fixed_samples
 
 TINY = Path(__file__).resolve().parents[3] / "models" / "tiny-sd3"
 PIPELINE = TINY / "pipeline"
@@ -143,6 +145,31 @@ def test_the_shipped_artifact_prunes_the_shipped_transformer() -> None:
     for budget in (0.8, 0.6, 0.4):
         assert handle.table(budget).tokens == 256
         assert handle.table(budget).mean_keep_ratio == pytest.approx(budget, abs=0.005)
+
+
+@torch.no_grad()
+def test_the_shipped_artifact_is_as_good_as_it_says() -> None:
+    """On scenes, noise and times that neither its training nor its measurement saw."""
+    folder = TINY.with_name("tiny-sd3-256")
+    pipeline = load_pipeline(PIPELINE, folder / "transformer")
+    source = ShapesSource(TINY, pipeline, 256, held_out=True)
+    shift = pipeline.scheduler.config.shift
+    samples = list(fixed_samples(source, 16, shift, size=4, seed=4321))
+
+    def velocity(sample: Sample) -> torch.Tensor:
+        times = torch.full((len(sample.mixed),), 1000 * sample.sigma)
+        batch = sample.batch
+        return pipeline.transformer(sample.mixed, batch.context, batch.pooled, times).sample
+
+    dense = [velocity(sample) for sample in samples]
+    handle = apply_shiva(pipeline.transformer, ShivaConfig(folder / "pruning", budget=0.6))
+    for budget in (0.8, 0.6, 0.4):
+        errors: list[float] = []
+        for sample, truth in zip(samples, dense, strict=True):
+            with handle.request(budget, guidance=Guidance.NONE).step(sample.sigma):
+                errors.append((velocity(sample) - truth).square().mean().item())
+        said = handle.artifact.tables[budget].quality["velocity_mse_to_dense"]
+        assert sum(errors) / len(errors) < 2 * said
 
 
 def test_the_log_is_in_tensorboard_too(trained: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from shiva_kernels.errors import ShivaError
+from shiva_kernels.training import data
 from shiva_kernels.training.data import FolderSource, captioned_pictures, read_picture
 
 
@@ -105,6 +106,24 @@ def test_a_batch_is_a_function_of_its_seed(folder: Path) -> None:
         assert float(latent[0, 0, 0]) == (1.0 if text == "a red one" else -3.0)
         assert float(context[0, 0]) == len(text)
     assert pipeline.vae.calls == 2
+
+
+def test_captions_of_a_batch_do_not_push_each_other_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "MAX_CAPTIONS", 2)
+    asked: list[str] = []
+
+    def encode_prompt(prompt: list[str], **rest: Any) -> tuple[Any, ...]:
+        asked.extend(prompt)
+        lengths = torch.tensor([float(len(text)) for text in prompt])
+        return lengths[:, None, None], None, lengths[:, None], None
+
+    pipeline: Any = SimpleNamespace(encode_prompt=encode_prompt)
+    captions = data.Captions(pipeline)
+    captions.encode(["", "a"])
+    _, pooled = captions.encode(["", "bb", "ccc", "bb"])
+    assert pooled[:, 0].tolist() == [0, 2, 3, 2]
+    captions.encode(["ccc", "bb"])
+    assert asked == ["", "a", "bb", "ccc"]  # the newest two are kept
 
 
 def test_captions_are_left_out_for_guidance(folder: Path) -> None:
