@@ -221,18 +221,27 @@ async def test_a_branch_on_another_node_is_close_to_the_picture_of_one(
     setup_of: Callable[[str], Setup], tmp_path: Path
 ) -> None:
     setup = setup_of("sd3-f32")
-    case = Case("plain", negative_prompt="blue", steps=8)
-    hosts = {"one": lambda _: True, "two": lambda role: role == "transformer"}
+    case = Case("plain", negative_prompt="blue", steps=12)
+    hosts = {
+        "one": lambda role: role != "transformer",
+        "two": lambda role: role == "transformer",
+        "three": lambda role: role == "transformer",
+    }
     fast = node_pb2.NUMERICS_FAST
     async with served(setup, tmp_path, hosts) as (gateway, nodes, resolved):
         dit = resolved.models["transformer"].identity
         alone = await drawn(gateway, case, fast)
-        # As if a step took so long that a second node gains.
-        for server in nodes.values():
-            for _ in range(20):
-                gateway.profiles.observe_run(dit, "denoise", server.fingerprint, 32 * 32 * 8, 80.0)
-        divided = await drawn(gateway, case, fast)
-        branches = sum(steps_done(server, dit, "branch") for server in nodes.values())
-        assert 1 <= branches <= case.steps
-        pixels = [np.asarray(Image.open(io.BytesIO(png)), np.int16) for png in (alone, divided)]
-        assert np.abs(pixels[0] - pixels[1]).max() <= 1  # of 255
+        branches = 0.0
+        for _ in range(20):  # steps are short: some leases are over before their helper is there
+            # As if a step took so long that a second node gains.
+            for _ in range(11):
+                gateway.profiles.observe_run(
+                    dit, "denoise", nodes["two"].fingerprint, 32 * 32 * case.steps, 1000.0
+                )
+            divided = await drawn(gateway, case, fast)
+            pixels = [np.asarray(Image.open(io.BytesIO(png)), np.int16) for png in (alone, divided)]
+            assert np.abs(pixels[0] - pixels[1]).max() <= 1  # of 255
+            branches += sum(steps_done(server, dit, "branch") for server in nodes.values())
+            if branches:
+                break
+        assert branches

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -12,8 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from kubediffusion.errors import InvalidInput
-from kubediffusion.models.base import Lora, Part, PartStep, PortValue
-from kubediffusion.models.lora import Adapters
+from kubediffusion.models.base import Part, PartStep, PortValue
 from kubediffusion.models.sd3.conditioning import Conditioning, Control
 from kubediffusion.models.sd3.controlnet import prompt_for, residuals_of
 from kubediffusion.models.sd3.denoising import Sd3Denoising
@@ -25,38 +24,12 @@ NONE: Residuals = MappingProxyType({})
 
 @dataclass(frozen=True)
 class BranchHelp:
-    """The negative prompt's half of another node's lease: `embeds` (1, T, D), `pooled` (1, P)."""
+    """The negative prompt's half of another node's lease."""
 
-    transformer: Any
-    adapters: Adapters
-    loras: tuple[Lora, ...]
-    embeds: torch.Tensor
-    pooled: torch.Tensor
+    velocity: Callable[[PartStep], torch.Tensor]
 
     def compute(self, step: PartStep) -> Sequence[torch.Tensor]:
-        self.adapters.use(self.loras)
-        device = self.transformer.device
-        with torch.inference_mode():
-            timestep = torch.tensor(step.timestep, dtype=torch.float32, device=device)
-            latents = step.latents.to(device)
-            return [branch_of(self.transformer, latents, timestep, self.embeds, self.pooled)]
-
-
-def branch_of(
-    transformer: Any,
-    latents: torch.Tensor,
-    timestep: torch.Tensor,
-    embeds: torch.Tensor,
-    pooled: torch.Tensor,
-) -> torch.Tensor:
-    """The velocity (1, C, h, w) of one prompt alone; `timestep` has no dimension."""
-    return transformer(
-        hidden_states=latents,
-        timestep=timestep.expand(1),
-        encoder_hidden_states=embeds,
-        pooled_projections=pooled,
-        return_dict=False,
-    )[0]
+        return [self.velocity(step)]
 
 
 def constants(denoising: Sd3Denoising, part: Part, name: str) -> Mapping[str, PortValue]:

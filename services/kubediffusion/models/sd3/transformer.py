@@ -185,37 +185,29 @@ class Sd3Transformer:
         return parts.part_step(denoising, part, name)
 
     def own(self, denoising: Any) -> None:
-        self._adapters.use(denoising.conditioning.loras)
-        with torch.inference_mode():
-            denoising.own = self._row(denoising, 1)
+        denoising.own = self._row(denoising, 1)
 
     def assemble(
         self, denoising: Any, given: Mapping[tuple[Part, str], Sequence[torch.Tensor]]
     ) -> None:
-        branch = given.get((Part.BRANCH, ""))
-        device = self._module.device
-        self._adapters.use(denoising.conditioning.loras)
-        member = (denoising.pruning, denoising.sigma)
-        cache: LeaseCache | None = denoising.step_cache
-        with torch.inference_mode(), self._caches.step(cache), self._pruning.step([member]):
-            if branch is None and denoising.own is None:
-                residuals = {
-                    name: [each.to(device) for each in values]
-                    for (part, name), values in given.items()
-                    if part is Part.CONTROL
-                }
+        branch, device = given.get((Part.BRANCH, "")), self._module.device
+        if branch is None and denoising.own is None:
+            residuals = {
+                name: [each.to(device) for each in values]
+                for (part, name), values in given.items()
+                if part is Part.CONTROL
+            }
+            self._adapters.use(denoising.conditioning.loras)
+            member = (denoising.pruning, denoising.sigma)
+            cache: LeaseCache | None = denoising.step_cache
+            with torch.inference_mode(), self._caches.step(cache), self._pruning.step([member]):
                 denoising.apply(self._velocity(denoising, residuals))
-                return
-            negative = self._row(denoising, 0) if branch is None else branch[0].to(device)
-            positive = self._row(denoising, 1) if denoising.own is None else denoising.own
+            return
+        negative = self._row(denoising, 0) if branch is None else branch[0].to(device)
+        positive = self._row(denoising, 1) if denoising.own is None else denoising.own
+        with torch.inference_mode():
             guidance = denoising.conditioning.guidance
             denoising.apply(negative + guidance * (positive - negative))
-
-    def _row(self, denoising: Sd3Denoising, row: int) -> torch.Tensor:
-        """The velocity of one branch alone: 0 the negative prompt's, 1 the prompt's."""
-        c = denoising.conditioning
-        embeds, pooled = c.embeds[row : row + 1], c.pooled[row : row + 1]
-        return parts.branch_of(self._module, denoising.latents, denoising.timestep, embeds, pooled)
 
     def help(
         self, part: Part, constants: Mapping[str, PortValue], loras: Sequence[Lora] = ()
@@ -223,13 +215,39 @@ class Sd3Transformer:
         if part is not Part.BRANCH:
             raise InvalidInput(f"a transformer helps with no {part.value}", field="helper")
         device = self._module.device
-        return parts.BranchHelp(
-            self._module,
-            self._adapters,
-            tuple(loras),
-            tensor(constants, "embeds").to(device),
-            tensor(constants, "pooled").to(device),
-        )
+        embeds = tensor(constants, "embeds").to(device)
+        pooled = tensor(constants, "pooled").to(device)
+
+        def velocity(step: PartStep) -> torch.Tensor:
+            timestep = torch.tensor(step.timestep, dtype=torch.float32, device=device)
+            return self._branch(step.latents.to(device), timestep, embeds, pooled, loras)
+
+        return parts.BranchHelp(velocity)
+
+    def _row(self, denoising: Sd3Denoising, row: int) -> torch.Tensor:
+        """One branch alone: 0 is the negative prompt's, 1 the prompt's."""
+        c = denoising.conditioning
+        embeds, pooled = c.embeds[row : row + 1], c.pooled[row : row + 1]
+        return self._branch(denoising.latents, denoising.timestep, embeds, pooled, c.loras)
+
+    def _branch(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        embeds: torch.Tensor,
+        pooled: torch.Tensor,
+        loras: Sequence[Lora],
+    ) -> torch.Tensor:
+        """The velocity (1, C, h, w) of one prompt; `timestep` has no dimension."""
+        self._adapters.use(loras)
+        with torch.inference_mode(), self._caches.step(None), self._pruning.step([]):
+            return self._module(
+                hidden_states=latents,
+                timestep=timestep.expand(1),
+                encoder_hidden_states=embeds,
+                pooled_projections=pooled,
+                return_dict=False,
+            )[0]
 
 
 def _added(
