@@ -202,6 +202,7 @@ class Sd3Transformer:
             cache: LeaseCache | None = denoising.step_cache
             with torch.inference_mode(), self._caches.step(cache), self._pruning.step([member]):
                 denoising.apply(self._velocity(denoising, residuals))
+            self._pruning.count([member], computed=cache is None or not cache.reuses)
             return
         negative = self._row(denoising, 0) if branch is None else branch[0].to(device)
         positive = self._row(denoising, 1) if denoising.own is None else denoising.own
