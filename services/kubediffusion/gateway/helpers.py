@@ -65,11 +65,13 @@ class Helpers:
 NONE = Helpers()
 
 
-def choose(fleet: Fleet, planned: PlannedTask, address: str, failed_on: frozenset[str]) -> Helpers:
-    """The helpers of a task that was placed at `address`."""
-    if planned.stage != "denoise":
+def choose(
+    fleet: Fleet, planned: PlannedTask, node: NodeConnection, failed_on: frozenset[str]
+) -> Helpers:
+    """The helpers of a task that was placed on `node`; none where that is going."""
+    if planned.stage != "denoise" or node.leaving:
         return NONE
-    lease = fleet.connections[address].state
+    lease = node.state
     if lease is None:
         return NONE
     if not planned.helpers:

@@ -53,7 +53,7 @@ class PlacingByQueue:
         return self._fleet.place(placement_task(task, run.tasks))
 
     def helpers(self, task: TaskRun, node: NodeConnection) -> Helpers:
-        return choose(self._fleet, task.planned, node.address, task.failed_on)
+        return choose(self._fleet, task.planned, node, task.failed_on)
 
     def touched(self, run: ImageRun) -> None:
         pass
