@@ -256,9 +256,16 @@ class Node:
             task.fetching.cancel()
             self.stopped(task, None)
 
+    def _stop_all(self, tasks: Sequence[Task], stop: Stop) -> None:
+        """At once: the room that the first one leaves is not for the next to begin in."""
+        for task in tasks:
+            if task.stop is None:
+                task.stop = stop
+        for task in tasks:
+            self._stop(task, stop)
+
     def _evicting(self, resident: Resident) -> None:
-        for task in list(resident.tasks):
-            self._stop(task, Stop.EVICT)
+        self._stop_all(list(resident.tasks), Stop.EVICT)
         self.helpers.end("the model is being evicted", resident)
         self.reporter.count_measures(resident)
 
@@ -268,8 +275,7 @@ class Node:
         self.draining = True
         self._metrics.draining.set(1)
         self.reporter.now()
-        for task in list(self.tasks.values()):
-            self._stop(task, Stop.DRAIN)
+        self._stop_all(list(self.tasks.values()), Stop.DRAIN)
         self.helpers.end("the node is draining")
         await self._quiet.wait()
 

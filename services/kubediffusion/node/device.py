@@ -180,7 +180,7 @@ class Device:
     def _receive(self) -> None:
         """Does what the loop asked for; waits for that only where there is nothing to run."""
         try:
-            message = self._inbox.get(block=all(t.waiting for t in self._ready.values()))
+            message = self._inbox.get(block=all(task.rests for task in self._ready.values()))
             while message is not None:
                 message()
                 message = self._inbox.get_nowait()
@@ -219,7 +219,7 @@ class Device:
 
     def _turn(self) -> None:
         self._prepare_fellow()
-        tasks = [task for task in self._ready.values() if not task.waiting]
+        tasks = [task for task in self._ready.values() if not task.rests]
         if not tasks:
             return
         if len(tasks) == 1:
@@ -260,7 +260,8 @@ class Device:
                 return
             for task in self._ready.values():
                 like = task.resident is running.resident and task.is_lease and not task.exact
-                if like and task.denoising is None and not task.assign.lease.helpers:
+                new = task.denoising is None and task.stop is None
+                if like and new and not task.assign.lease.helpers:
                     self._begin(task)
                     return
 

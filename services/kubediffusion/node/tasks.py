@@ -182,6 +182,13 @@ class Task:
         return [self.resident, *(each for each in self.helpers if each is not None)]
 
     @property
+    def rests(self) -> bool:
+        """There is nothing to do for it: a part of its step is elsewhere, or it is about to be
+        stopped, and must not begin because others were first."""
+        leaves = self.stop is not None and (self.is_lease or self.stop is Stop.CANCEL)
+        return self.waiting or leaves
+
+    @property
     def labels(self) -> tuple[str, str]:
         """Of its metrics."""
         return (self.model, self.stage)

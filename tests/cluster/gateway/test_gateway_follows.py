@@ -375,9 +375,10 @@ def test_what_draws_ends_though_its_workflow_is_deleted_and_its_nodes_go(
     door = gateway().ready().grpc
     with Client(door) as client:
         until(lambda: all(each.ready for each in client.workflows()), "its models are known")
-        first = Asking(door, steps=30)
+        # Long enough for all that follows: else the second one's turn would come.
+        first = Asking(door, steps=100)
         until(lambda: first.steps, "it draws")
-        second = Asking(door, steps=30)
+        second = Asking(door, steps=100)
         until(lambda: sum(each.queued for each in client.status().nodes) == 1, "one waits")
         kube.delete("DiffusionWorkflow", "sd3")
         until(lambda: names(client) == [], "the gateway has heard of it")

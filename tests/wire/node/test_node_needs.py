@@ -11,6 +11,7 @@ import pytest
 from puppets import MODELS, WAIT, Gateway, Rig
 
 from kubediffusion.node import server
+from kubediffusion.node.tasks import Task
 from kubediffusion.v1alpha1 import node_pb2
 
 _serial = itertools.count()
@@ -176,3 +177,32 @@ async def test_a_needed_model_that_is_planned_again_never_went(rig: Rig) -> None
     await rig.settled()
     assert rig.shelf.models["dit"] is model
     assert not model.unloaded
+
+
+@pytest.mark.parametrize("how", ["drain", "evict"])
+async def test_what_waits_does_not_begin_in_the_room_that_others_leave(rig: Rig, how: str) -> None:
+    """All are stopped at once, however long the loop takes to tell the device of each."""
+    gateway = await rig.gateway()
+    rig.strings.hold()
+    await gateway.denoise("r1")
+    await rig.strings.started("r1")
+    await gateway.denoise("waiting")
+    await gateway.event("accepted", "waiting")
+    device, tell = rig.server.node._device, rig.server.node._device.stop
+
+    def tell_slowly(task: Task) -> None:
+        tell(task)
+        rig.strings.release()
+        with rig.strings.changed:  # the device's turn, should it take one
+            rig.strings.changed.wait_for(lambda: "waiting" in rig.strings.ran, 0.2)
+
+    device.stop = tell_slowly  # type: ignore[method-assign]
+    if how == "drain":
+        drain = asyncio.create_task(rig.server.drain())
+    else:
+        await rig.plan(2, [model for model in MODELS if model.identity != "dit"])
+    await gateway.event("declined", "waiting")
+    assert "waiting" not in rig.strings.ran
+    if how == "drain":
+        async with asyncio.timeout(WAIT):
+            await drain
