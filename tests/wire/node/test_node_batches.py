@@ -107,10 +107,10 @@ async def test_a_lease_that_cannot_be_started_again_fails_and_the_other_goes_on(
         if batch > 1:
             raise RuntimeError("bug")
 
-    def start_but_not_again(inputs, loras=(), resume=None, controlnets=(), budget=None):
+    def start_but_not_again(inputs, loras, resume, *rest):
         if resume is not None and inputs["label"] == "a":
             raise MemoryError("no room")
-        return start(inputs, loras, resume, controlnets, budget)
+        return start(inputs, loras, resume, *rest)
 
     rig.strings.fail_within = fail
     monkeypatch.setattr(model, "start", start_but_not_again)
