@@ -39,6 +39,13 @@ async def ended(gateway, job_id: str) -> gateway_pb2.Job:
     return job
 
 
+async def arrived(gateway, job_id: str) -> None:
+    """The checkpoint that the node has sent."""
+    async with asyncio.timeout(60):
+        while not gateway.jobs._active[job_id].checkpoints._kept:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
 async def test_a_job_gives_the_same_image_as_a_stream(tmp_path):
     async with gateway_over([one_node(tmp_path)]) as gateway:
         submitted = await gateway.jobs.submit(request(tenant="t"))
@@ -143,6 +150,7 @@ async def test_after_a_restart_a_job_goes_on_from_its_checkpoint(tmp_path, key):
     async with gateway_over([node], config=config) as gateway:
         job = await gateway.jobs.submit(request(seed=None, idempotency_key=key))
         await node.until(lambda: max(node.steps.values(), default=0) == 6)
+        await arrived(gateway, job.id)
         seen = request(seed=None, idempotency_key=key or job.id)
     other = one_node(tmp_path, "b")
     async with gateway_over([other], config=config) as gateway:
@@ -160,6 +168,7 @@ async def test_a_checkpoint_of_another_workflow_is_not_gone_on_from(tmp_path):
     async with gateway_over([node], config=config) as gateway:
         job = await gateway.jobs.submit(request())
         await node.until(lambda: max(node.steps.values(), default=0) == 6)
+        await arrived(gateway, job.id)
     fast = replace(workflow(), numerics="fast")
     other = one_node(tmp_path, "b")
     async with gateway_over([other], {"sd3": fast}, config=config) as gateway:
