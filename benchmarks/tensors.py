@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,12 +28,12 @@ import numpy as np
 
 from benchmarks.common import Row, alternate, at_least
 from kubediffusion import rpc
+from kubediffusion.local.transfers import FetchOnly
 from kubediffusion.tensors import (
     Fetcher,
     Scope,
     TensorStore,
     encode_value,
-    serve_fetch,
     tune_malloc,
 )
 from kubediffusion.v1alpha1 import node_pb2_grpc, tensor_pb2
@@ -45,17 +45,6 @@ ECHO = "/benchmark.Echo/Echo"
 GB = 1e9
 # A round takes milliseconds, and one time slice of another process doubles it.
 MIN_ROUNDS = 40
-
-
-class _Node(node_pb2_grpc.ModelNodeServicer):
-    def __init__(self, store: TensorStore) -> None:
-        self.store = store
-
-    async def Fetch(
-        self, request: tensor_pb2.FetchRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[tensor_pb2.FetchChunk]:
-        async for chunk in serve_fetch(self.store, request, context):
-            yield chunk
 
 
 def _echo_handler() -> grpc.GenericRpcHandler:
@@ -93,7 +82,7 @@ class _Producer:
     async def serve(self) -> None:
         server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
         server.add_generic_rpc_handlers((_echo_handler(),))
-        node_pb2_grpc.add_ModelNodeServicer_to_server(_Node(self._store), server)
+        node_pb2_grpc.add_ModelNodeServicer_to_server(FetchOnly(self._store), server)
         self._store.address = rpc.bind(server, "127.0.0.1:0")
         await server.start()
         with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -8,8 +8,9 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -124,7 +125,7 @@ class Load:
 
     async def _answered(
         self,
-        way: Callable[[gateway_pb2.GenerateRequest, int], object],
+        way: Callable[[gateway_pb2.GenerateRequest, int], Awaitable[bytes]],
         request: gateway_pb2.GenerateRequest,
         picture: int,
         first: int,
@@ -134,7 +135,7 @@ class Load:
         key = request.idempotency_key
         try:
             async with asyncio.timeout(self._deadline + GRACE):
-                png = await way(request, first)  # type: ignore[misc]
+                png = await way(request, first)
         except TimeoutError:
             self.tally.wrong.append(f"{key}: no answer within its deadline")
         except grpc.aio.AioRpcError as error:
@@ -187,7 +188,7 @@ class Load:
         assert job.state == gateway_pb2.JOB_STATE_SUCCEEDED, f"job {job.reason}: {job.message}"
         return job.images[0].png
 
-    async def _anywhere(self, method: str, message: object, first: int) -> object:
+    async def _anywhere(self, method: str, message: object, first: int) -> Any:
         attempt = first
         while True:
             call = getattr(self._stubs[attempt % len(self._stubs)], method)

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kubediffusion.errors import Overloaded
+from kubediffusion.errors import Internal, Overloaded
 from kubediffusion.gateway.attempts import Attempt, TaskRun
 from kubediffusion.gateway.connections import NodeConnection
 from kubediffusion.gateway.dispatch import placement_task
@@ -370,7 +370,8 @@ class PolicyDriver:
 
     def _start(self, work: Work) -> None:
         if len(work.jobs) != 1 or work.helpers:
-            raise NotImplementedError("a node runs one lease of one request, and helps nobody")
+            # `live_parameters` has batches and splits off: a policy that starts one is broken.
+            raise Internal("a policy started a work that is not one lease on one node")
         led = self._jobs[work.jobs[0].id]
         led.begin(work, self.records.addresses[work.node])
         self.records.busy.add(work.node)

@@ -82,11 +82,13 @@ async def _fetch(fetcher: Fetcher, ref: tensor_pb2.TensorRef, rounds: int) -> fl
 # ---------------------------------------------------------------- the other process
 
 
-class _Node(node_pb2_grpc.ModelNodeServicer):
+class FetchOnly(node_pb2_grpc.ModelNodeServicer):
+    """A node that has tensors and nothing else."""
+
     def __init__(self, store: TensorStore) -> None:
         self._store = store
 
-    async def Fetch(  # noqa: N802
+    async def Fetch(  # noqa: N802 (the name of the call)
         self, request: tensor_pb2.FetchRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[tensor_pb2.FetchChunk]:
         async for chunk in serve_fetch(self._store, request, context):
@@ -102,7 +104,7 @@ async def _serve(pipe: Connection, folder: Path, sizes: Sequence[int]) -> None:
     """Until the other end of the pipe is closed."""
     store = TensorStore("profile", budget_bytes=4 * max(sizes), shm_dir=folder)
     server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
-    node_pb2_grpc.add_ModelNodeServicer_to_server(_Node(store), server)
+    node_pb2_grpc.add_ModelNodeServicer_to_server(FetchOnly(store), server)
     store.address = rpc.bind(server, "127.0.0.1:0")
     await server.start()
     refs: list[bytes] = []
